@@ -1,0 +1,112 @@
+"""The definition, naively: a count matrix, one softmax. Every fast path is tested against this file.
+
+Letters: B batch, H query heads, G key/value heads, N tokens (of the keys), Q tokens of the queries, D head dimension.
+"""
+
+import torch
+
+from .dilation_schedule import DilationSchedule
+
+
+def document_positions(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position of each token in its document, and the index at which that document starts, both [B, N].
+
+    A document is a run of equal ids in a row; a negative id is padding.
+    """
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    start = torch.where(begins, index, 0).cummax(1).values
+    return index - start, start
+
+
+def attention_counts(
+    schedule: DilationSchedule,
+    num_heads: int,
+    document_ids: torch.Tensor,
+    query_offset: int | torch.Tensor,
+    query_length: int,
+    head_index_offset: int = 0,
+    total_num_heads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many patterns offer each key to each query, [B, H, Q, N], and how many zero keys do, [B, H, Q]."""
+    device = document_ids.device
+    position, start = document_positions(document_ids)
+    rows = query_offset + torch.arange(query_length, device=device)
+    q_pos, k_pos = position[:, rows, None], position[:, None, :]
+    visible = (start[:, rows, None] == start[:, None, :]) & (document_ids >= 0)[:, rows, None]  # [B, Q, N]
+    length = visible.sum(-1)  # of the query's document, [B, Q]
+    if schedule.is_causal:
+        visible = visible & (k_pos <= q_pos)
+    counts = torch.zeros(len(document_ids), num_heads, query_length, document_ids.shape[1], device=device)
+    zeros = torch.zeros(len(document_ids), num_heads, query_length, device=device)
+    heads = range(head_index_offset, head_index_offset + num_heads)
+    for i, (w, r) in enumerate(schedule.patterns):
+        offsets = [schedule.offset(r, j, total_num_heads or num_heads) for j in heads]
+        offset = torch.tensor(offsets, device=device)[:, None, None]
+        selects = (position % w % r)[:, None, None] == offset  # [B, H, 1, N]
+        selected_query = selects[:, :, 0, rows, None]  # [B, H, Q, 1]
+        same_segment = (q_pos // w == k_pos // w)[:, None]
+        pattern = visible[:, None] & same_segment & selects & selected_query
+        if i == 0 and schedule.window:
+            pattern = (visible & (k_pos > q_pos - schedule.window))[:, None].expand_as(pattern)
+        counts += pattern
+        if schedule.padding == "zeros":
+            rows_of_segment = -(-length.clamp(max=w) // r)[:, None]
+            zeros += (rows_of_segment - pattern.sum(-1)) * selected_query[..., 0]
+    if schedule.overlap == "once":
+        counts = counts.clamp(max=1)
+    sinks = visible & (k_pos < schedule.num_sink_tokens)
+    return torch.where(sinks[:, None], 1.0, counts), zeros
+
+
+def dilated_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    head_offsets: str = "modulo",
+    overlap: str = "count",
+    num_sink_tokens: int = 0,
+    padding: str = "mask",
+    local: str = "segment",
+    dropout: float = 0.0,
+    head_index_offset: int = 0,
+    total_num_heads: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    query_offset: int | torch.Tensor | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Dilated attention by its definition, in N x N memory and in the dtype of the inputs, float64 included.
+
+    The arguments are those of `dilated_attention`; so is the result: out [B, H, Q, D], then the log-sum-exp [B, H, Q]
+    if `return_lse`, then the attention weights [B, H, Q, N] if `return_weights`.
+    """
+    schedule = DilationSchedule(
+        tuple(segment_lengths), tuple(dilation_rates), is_causal, head_offsets, overlap, num_sink_tokens, padding, local
+    )
+    (batch, num_heads, query_length, width), length = query.shape, key.shape[2]
+    if document_ids is None:
+        document_ids = query.new_zeros(batch, length, dtype=torch.long)
+    offset = length - query_length if query_offset is None else query_offset
+    counts, zeros = attention_counts(
+        schedule, num_heads, document_ids, offset, query_length, head_index_offset, total_num_heads
+    )
+    counts, zeros = counts.to(query.dtype), zeros.to(query.dtype)
+    key, value = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.mT * (width**-0.5 if scale is None else scale)
+    scores = scores.masked_fill(counts == 0, -torch.inf)
+    # The zero keys have logit 0, so the maximum is at least that; a query that sees nothing gets a finite one as well.
+    maximum = torch.where(zeros > 0, scores.amax(-1).clamp(min=0), scores.amax(-1)).detach()
+    maximum = maximum.masked_fill(maximum == -torch.inf, 0)
+    weights = counts * (scores - maximum[..., None]).exp()
+    total = weights.sum(-1) + zeros * (-maximum).exp()
+    weights = weights / total.masked_fill(total == 0, 1)[..., None]
+    out = torch.nn.functional.dropout(weights, dropout) @ value
+    extras = (total.log() + maximum,) * return_lse + (weights,) * return_weights
+    return (out, *extras) if extras else out

@@ -1,0 +1,135 @@
+"""The schedule of a dilated attention: which positions each head sees. The one definition that every path agrees with.
+
+Letters, here and everywhere in this package: B batch, H query heads, G key/value heads (H % G == 0), N tokens,
+D head dimension, w segment length, r dilation rate, s offset of a head, i pattern index.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+HEAD_OFFSETS = ("modulo", "contiguous")
+OVERLAPS = ("count", "once")
+PADDINGS = ("mask", "zeros")
+LOCALS = ("segment", "sliding")
+
+
+def _check_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(values, (str, int)) or not isinstance(values, Sequence):
+        raise ValueError(f"`{name}` must be a list of integers, got {values!r}.")
+    if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"`{name}` must be a non-empty list of positive integers, got {list(values)!r}.")
+    if any(later < earlier for earlier, later in zip(values, values[1:])):
+        raise ValueError(f"`{name}` must not decrease from one pattern to the next, got {list(values)!r}.")
+    return tuple(values)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class DilationSchedule:
+    r"""A list of patterns (w_i, r_i) and how they are mixed.
+
+    Position p counts from 0 at a document's first token. In pattern i it lies in segment `p // w_i`, and head j
+    *selects* it when `(p % w_i) % r_i == s_ij`. A query that a pattern selects attends there to the keys of its
+    segment that its head selects too; the result is one softmax over the union of all patterns' keys. For
+    `segment_lengths=[4, 8], dilation_rates=[1, 2]`, causal, head 0 (`2` = offered by both patterns):
+
+        query 0   2 . . . . . . .
+        query 1   1 1 . . . . . .
+        query 2   2 1 2 . . . . .
+        query 3   1 1 1 1 . . . .
+        query 4   1 . 1 . 2 . . .
+        query 5   . . . . 1 1 . .
+        query 6   1 . 1 . 2 1 2 .
+        query 7   . . . . 1 1 1 1
+
+    Args:
+        segment_lengths: w_i in tokens, not decreasing.
+        dilation_rates: r_i, not decreasing, as many as segment lengths.
+        is_causal: keys after the query are hidden.
+        head_offsets: `"modulo"`, s_ij = j % r_i (the paper), or `"contiguous"`, s_ij = j // ceil(H / r_i)
+            (torchscale's code, with which every published checkpoint was trained). j is the query head.
+        overlap: `"count"`, a key that m patterns offer counts m times (the paper), or `"once"`.
+        num_sink_tokens: every query also sees the document's first tokens, each counted exactly once.
+        padding: `"mask"`, or `"zeros"` for checkpoints of torchscale's bidirectional encoders: there each segment is
+            filled with zero keys up to min(w, N), and then up to a multiple of r, and they take part in the softmax.
+        local: `"sliding"` replaces the first pattern by a causal sliding window of w_0 // 2 tokens (the query
+            included), which costs as much as the segments of w_0.
+
+    Raises:
+        ValueError: for a value that is not one of the above, or a combination that has no meaning.
+
+    Source: LongNet (arXiv 2307.02486), equations 5 to 15; overlap "once", sinks and sliding window are ours.
+    """
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    is_causal: bool = True
+    head_offsets: str = "modulo"
+    overlap: str = "count"
+    num_sink_tokens: int = 0
+    padding: str = "mask"
+    local: str = "segment"
+
+    def __post_init__(self):
+        object.__setattr__(self, "segment_lengths", _check_integers("segment_lengths", self.segment_lengths))
+        object.__setattr__(self, "dilation_rates", _check_integers("dilation_rates", self.dilation_rates))
+        if len(self.segment_lengths) != len(self.dilation_rates):
+            raise ValueError(
+                "`segment_lengths` and `dilation_rates` must have the same number of entries, got "
+                f"{len(self.segment_lengths)} and {len(self.dilation_rates)}."
+            )
+        for w, r in self.patterns:
+            if r > w:
+                raise ValueError(f"`dilation_rates` must not exceed their segment length, got rate {r} for length {w}.")
+        _check_choice("head_offsets", self.head_offsets, HEAD_OFFSETS)
+        _check_choice("overlap", self.overlap, OVERLAPS)
+        _check_choice("padding", self.padding, PADDINGS)
+        _check_choice("local", self.local, LOCALS)
+        sinks = self.num_sink_tokens
+        if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
+            raise ValueError(f"`num_sink_tokens` must be an integer of at least 0, got {sinks!r}.")
+        if self.padding == "zeros" and (self.is_causal or self.overlap == "once" or sinks):
+            raise ValueError(
+                "`padding='zeros'` reproduces bidirectional torchscale encoders: it wants is_causal=False, "
+                f"overlap='count' and no sink tokens, got is_causal={self.is_causal}, overlap={self.overlap!r}, "
+                f"num_sink_tokens={sinks}."
+            )
+        if self.local == "sliding" and not self.is_causal:
+            raise ValueError("`local='sliding'` is a causal window, got is_causal=False.")
+        if self.local == "sliding" and self.dilation_rates[0] != 1:
+            raise ValueError(
+                f"`local='sliding'` wants a first dilation rate of 1, got {self.dilation_rates[0]} in `dilation_rates`."
+            )
+
+    @property
+    def patterns(self) -> tuple[tuple[int, int], ...]:
+        """The pairs (w_i, r_i)."""
+        return tuple(zip(self.segment_lengths, self.dilation_rates))
+
+    @property
+    def window(self) -> int:
+        """Tokens of the sliding window, the query included; 0 when the first pattern is an ordinary one."""
+        return max(1, self.segment_lengths[0] // 2) if self.local == "sliding" else 0
+
+    def offset(self, rate: int, head: int, num_heads: int) -> int:
+        """s of query head `head` out of `num_heads` in a pattern of rate `rate`."""
+        return head % rate if self.head_offsets == "modulo" else head // -(-num_heads // rate)
+
+    def unread_offsets(self, num_heads: int) -> dict[int, list[int]]:
+        """Per rate, the offsets that no head has: the positions that pattern never reads."""
+        unread = {}
+        for rate in self.dilation_rates:
+            missing = sorted(set(range(rate)) - {self.offset(rate, head, num_heads) for head in range(num_heads)})
+            if missing:
+                unread[rate] = missing
+        return unread
+
+    @property
+    def selects_every_query(self) -> bool:
+        """Whether each query sees at least itself, whatever its position and head."""
+        return self.dilation_rates[0] == 1 or self.num_sink_tokens > 0
