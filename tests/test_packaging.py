@@ -40,9 +40,8 @@ def test_the_wheel_holds_exactly_the_package(tmp_path):
                  PACKAGE.glob("*.py"))):  # fmt: skip
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
-    run_python(
-        f"import os; os.chdir({str(source)!r}); from setuptools import build_meta; build_meta.build_wheel({str(wheels)!r})"
-    )
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(wheels)!r})"
+    run_python(f"import os; os.chdir({str(source)!r}); {build}")
     (wheel,) = wheels.glob("longnet_transformers-*.whl")
     files = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert sorted(files) == sorted(f"modeling_longnet/{path.name}" for path in PACKAGE.glob("*.py"))
