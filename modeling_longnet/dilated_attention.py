@@ -1,4 +1,358 @@
-"""stub"""
-from .dilated_attention_reference import dilated_attention_reference
-def dilated_attention(*args, backend=None, **kwargs):
-    return dilated_attention_reference(*args, **kwargs)
+"""Dilated attention: the public operator, its exact and lean forward and backward, and a drop-in layer.
+
+Letters: B batch, H query heads, G key/value heads (H % G == 0), N tokens of the keys, Q tokens of the queries, D head
+dimension, w segment length, r dilation rate.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, attend_blocks_eager
+from .attention_kernels import BACKENDS, choose_backend, get_kernel
+from .dilated_attention_reference import dilated_attention_reference, document_positions
+from .dilation_plan import plan_blocks
+from .dilation_schedule import DilationSchedule
+
+
+def _documents(document_ids: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, int, int]]:
+    """(rows of the batch, start, stop) of each run of equal, non-negative ids; one of them when there are no ids."""
+    if document_ids is None:
+        return [(slice(0, batch), 0, length)]
+    position, _ = document_positions(document_ids)
+    starts = (position == 0).nonzero().tolist()
+    padding = (document_ids < 0).tolist()
+    runs = [[] for _ in range(batch)]
+    for (row, start), after in zip(starts, starts[1:] + [[-1, 0]]):
+        stop = after[1] if after[0] == row else length
+        if not padding[row][start]:
+            runs[row].append((start, stop))
+    if all(r == runs[0] for r in runs):
+        return [(slice(0, batch), *run) for run in runs[0]]
+    return [(slice(row, row + 1), *run) for row in range(batch) for run in runs[row]]
+
+
+def _pieces(query, key, document_ids, query_offset, schedule, head_index_offset, total_num_heads):
+    """Per document: rows of the batch, its queries as a slice of Q, its keys as a slice of N, its plan of blocks."""
+    (_, num_heads, query_length, _), (batch, num_kv_heads, length, _) = query.shape, key.shape
+    for rows, start, stop in _documents(document_ids, batch, length):
+        first, last = max(start, query_offset), min(stop, query_offset + query_length)
+        if first >= last:
+            continue
+        reach = last if schedule.is_causal else stop
+        blocks = plan_blocks(
+            schedule, num_heads, num_kv_heads, first - start, last - start, reach - start, head_index_offset,
+            total_num_heads,
+        )  # fmt: skip
+        yield rows, slice(first - query_offset, last - query_offset), slice(start, reach), first - start, blocks
+
+
+def _empty_out(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out [B, H, Q, D] with the heads next to each other, as the output projection reads it, and lse [B, H, Q]."""
+    batch, num_heads, length, width = query.shape
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(batch, length, num_heads, width).transpose(1, 2)
+    return out, query.new_empty(batch, num_heads, length, dtype=lse_dtype)
+
+
+def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads, pattern, flags, scale, backend):
+    schedule = _unpack(pattern, flags)
+    if offset_tensor is not None:
+        query_offset = int(offset_tensor)
+    out, lse = _empty_out(query)
+    # Half precisions are mixed in float32: rounding between patterns would cost what the kernels took care to keep.
+    mixed = out if query.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
+    mixed.zero_()
+    lse.fill_(-torch.inf)
+    kernel = get_kernel(backend, query)
+    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
+        keys = DenseKeys(key[rows, :, k], value[rows, :, k])
+        attend_blocks(kernel, blocks, query[rows, :, q], keys, mixed[rows, :, q], lse[rows, :, q], start, scale)
+    if mixed is not out:
+        out.copy_(mixed)
+    return out, lse
+
+
+def _backward(
+    grad, query, key, value, out, lse, document_ids, offset_tensor, query_offset, heads, pattern, flags, scale, backend
+):
+    schedule = _unpack(pattern, flags)
+    if offset_tensor is not None:
+        query_offset = int(offset_tensor)
+    grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
+    kernel = get_kernel(backend, query)
+    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
+        keys = DenseKeys(key[rows, :, k], value[rows, :, k], grads[1][rows, :, k], grads[2][rows, :, k])
+        saved = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
+        attend_blocks_backward(kernel, blocks, *saved, keys, start, scale)
+    return tuple(g.to(query.dtype) for g in grads)
+
+
+def _pack(schedule: DilationSchedule) -> tuple[list[int], str]:
+    """A schedule as a list of integers and a string: all that a registered operator can take."""
+    flags = f"{schedule.head_offsets},{schedule.overlap},{schedule.padding},{schedule.local}"
+    numbers = [int(schedule.is_causal), schedule.num_sink_tokens]
+    return numbers + [*schedule.segment_lengths, *schedule.dilation_rates], flags
+
+
+def _unpack(pattern: list[int], flags: str) -> DilationSchedule:
+    (is_causal, sinks, *rest), (head_offsets, overlap, padding, local) = pattern, flags.split(",")
+    half = len(rest) // 2
+    return DilationSchedule(
+        tuple(rest[:half]), tuple(rest[half:]), bool(is_causal), head_offsets, overlap, sinks, padding, local
+    )
+
+
+def _heads(heads: list[int]) -> tuple[int, int | None]:
+    return heads[0], heads[1] or None
+
+
+# Opaque to torch.compile, which would otherwise unroll every block. The name holds the module's own: code loaded from
+# the Hub lives in a second module beside an installed package, and each registers its operators once.
+_NAMESPACE = "longnet_" + re.sub(r"\W", "_", __name__)
+_SETTINGS = (
+    "Tensor? document_ids, Tensor? offset_tensor, SymInt query_offset, int[] heads, int[] pattern, str flags, "
+    "float scale, str backend"
+)
+_forward_op = torch.library.custom_op(
+    f"{_NAMESPACE}::forward",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_SETTINGS}) -> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    f"{_NAMESPACE}::backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(query, key, value, *settings):
+    return _empty_out(query)
+
+
+@_backward_op.register_fake
+def _(grad, query, key, value, *rest):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, document_ids, offset_tensor, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, document_ids, offset_tensor)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, grad_lse):
+    if grad_lse is not None:
+        raise RuntimeError("The gradient through the log-sum-exp is there only with backend='eager'.")
+    if grad is None:
+        return (None,) * (5 + len(ctx.settings))
+    *tensors, document_ids, offset_tensor = ctx.saved_tensors
+    grads = _backward_op(grad, *tensors, document_ids, offset_tensor, *ctx.settings)
+    return *grads, None, None, *(None for _ in ctx.settings)
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale, dropout):
+    """The same blocks in plain differentiable operations."""
+    out = query.masked_fill(query.new_ones((), dtype=torch.bool), 0)  # zeros that stay part of the graph
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *heads):
+        piece = attend_blocks_eager(
+            blocks, query[rows, :, q], key[rows, :, k], value[rows, :, k], start, scale, dropout
+        )
+        if len(query) == rows.stop - rows.start and query.shape[2] == q.stop - q.start:
+            return piece
+        out[rows, :, q], lse[rows, :, q] = piece
+    return out, lse
+
+
+def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads):
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"`{name}` must have 4 dimensions, [batch, heads, tokens, head_dim], got {shapes}.")
+    if key.shape != value.shape:
+        raise ValueError(f"`key` and `value` must have the same shape, got {shapes}.")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"`query` and `key` must agree in batch and head dimension, got {shapes}.")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"`query` must have a multiple of the heads of `key`, got {shapes}.")
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or not query.dtype.is_floating_point:
+        dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
+        raise ValueError(f"`query`, `key` and `value` must share one floating point dtype, got {dtypes}.")
+    if len({query.device, key.device, value.device}) > 1:
+        devices = f"{query.device}, {key.device}, {value.device}"
+        raise ValueError(f"`query`, `key` and `value` must be on one device, got {devices}.")
+    if document_ids is not None:
+        if document_ids.shape != (key.shape[0], key.shape[2]) or document_ids.is_floating_point():
+            raise ValueError(
+                f"`document_ids` must be integers of shape {(key.shape[0], key.shape[2])}, one for each key, got "
+                f"{document_ids.dtype} of shape {tuple(document_ids.shape)}."
+            )
+    if isinstance(query_offset, int) and not 0 <= query_offset <= key.shape[2] - query.shape[2]:
+        raise ValueError(
+            "`query_offset` must place all queries among the keys, i.e. lie between 0 and "
+            f"{key.shape[2] - query.shape[2]}, got {query_offset} for {query.shape[2]} queries and {key.shape[2]} keys."
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"`dropout` must be at least 0 and below 1, got {dropout}.")
+    total = query.shape[1] if total_num_heads is None else total_num_heads
+    if head_index_offset < 0 or head_index_offset + query.shape[1] > total and total_num_heads is not None:
+        raise ValueError(
+            f"`head_index_offset` must place {query.shape[1]} heads among `total_num_heads`, got {head_index_offset} "
+            f"and {total_num_heads}."
+        )
+
+
+def dilated_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    head_offsets: str = "modulo",
+    overlap: str = "count",
+    num_sink_tokens: int = 0,
+    padding: str = "mask",
+    local: str = "segment",
+    dropout: float = 0.0,
+    head_index_offset: int = 0,
+    total_num_heads: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    query_offset: int | torch.Tensor | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""Dilated attention of LongNet, exact, at a cost of sum over i of w_i / r_i keys per query.
+
+    Which keys a query sees is told and drawn in [`DilationSchedule`]; `dilated_attention_reference` is the definition.
+    Only query, key, value, out and lse are kept for the backward, which is the exact gradient of the joint softmax.
+
+    Args:
+        query: [B, H, Q, D], float32, float64, bfloat16 or float16.
+        key, value: [B, G, N, D] with H a multiple of G and Q <= N; query head j reads key/value head j // (H // G).
+        segment_lengths, dilation_rates, is_causal, head_offsets, overlap, num_sink_tokens, padding, local: see
+            [`DilationSchedule`].
+        scale: factor of the logits, D ** -0.5 by default.
+        dropout: probability with which attention weights are dropped (backend "eager" only).
+        head_index_offset: index of the first head among all heads of the layer, when this call holds a slice of them
+            (tensor parallelism, DeepSpeed Ulysses): the heads' offsets follow the global index.
+        total_num_heads: all heads of the layer; `head_offsets="contiguous"` depends on it.
+        document_ids: integers [B, N]. A run of equal ids in a row is a document: it sees only itself, and positions
+            and segments count from its first token. Negative ids are padding, whose queries give zeros.
+        query_offset: index of the first query among the keys, an integer or an integer tensor of one element;
+            N - Q by default.
+        backend: "eager" (plain PyTorch: dropout, second derivatives), "sdpa" (PyTorch's fused kernels),
+            "flash_attention_2" (the flash-attn package), or None for the best that can run these inputs.
+        return_lse: also return the log-sum-exp of the logits. Its gradient is there with "eager" only.
+
+    Returns:
+        out [B, H, Q, D] in the dtype of `query`; with `return_lse` also lse [B, H, Q] (float32; float64 for float64).
+        A query that no pattern selects gives zeros and a log-sum-exp of -inf.
+
+    Raises:
+        ValueError: for arguments that do not fit together, or a backend that cannot run them.
+
+    Source: LongNet (arXiv 2307.02486), equations 5 to 15.
+    """
+    schedule = DilationSchedule(
+        tuple(segment_lengths) if isinstance(segment_lengths, list) else segment_lengths,
+        tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
+        is_causal, head_offsets, overlap, num_sink_tokens, padding, local,
+    )  # fmt: skip
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
+    if query_offset is None:
+        query_offset = key.shape[2] - query.shape[2]
+    _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
+    backend = choose_backend(backend, query, dropout)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "eager":
+        heads = (head_index_offset, total_num_heads)
+        out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
+    else:
+        offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
+        numbers, flags = _pack(schedule)
+        heads = [head_index_offset, total_num_heads or 0]
+        out, lse = _forward_op(
+            query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset, heads,
+            numbers, flags, scale, backend,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+class DilatedAttention(nn.Module):
+    """Multi-head self-attention with dilated attention inside: [B, N, hidden_size] in, the same shape out.
+
+    Args:
+        hidden_size: width of the input, a multiple of `num_heads`.
+        num_heads: H.
+        segment_lengths, dilation_rates: the schedule, see [`DilationSchedule`]; so are the further `options`
+            (head_offsets, overlap, num_sink_tokens, padding, local) and `backend`, see [`dilated_attention`].
+        num_key_value_heads: G, `num_heads` by default.
+        is_causal: whether later tokens are hidden.
+        qk_norm: normalise query and key by a LayerNorm per head before the dot product.
+        bias: whether the four projections have a bias.
+        dropout: probability with which attention weights are dropped in training.
+
+    Raises:
+        ValueError: heads that do not divide, or a schedule that [`DilationSchedule`] refuses.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        segment_lengths: list[int],
+        dilation_rates: list[int],
+        *,
+        num_key_value_heads: int | None = None,
+        is_causal: bool = True,
+        qk_norm: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        backend: str | None = None,
+        **options,
+    ):
+        super().__init__()
+        kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ValueError(f"`hidden_size` must be a multiple of `num_heads`, got {hidden_size} and {num_heads}.")
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"`num_heads` must be a multiple of `num_key_value_heads`, got {num_heads} and {kv_heads}.")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+        self.schedule = DilationSchedule(tuple(segment_lengths), tuple(dilation_rates), is_causal, **options)
+        self.head_dim, self.dropout, self.backend = hidden_size // num_heads, dropout, backend
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, N, hidden_size] to [B, N, hidden_size]; `document_ids` [B, N] as in [`dilated_attention`]."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = dilated_attention(
+            self.q_norm(query), self.k_norm(key), value, document_ids=document_ids, backend=self.backend,
+            dropout=self.dropout if self.training else 0.0, **self.schedule.as_arguments(),
+        )  # fmt: skip
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+__all__ = ["DilatedAttention", "dilated_attention", "dilated_attention_reference"]

@@ -5,7 +5,7 @@ D head dimension, w segment length, r dilation rate, s offset of a head, i patte
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 HEAD_OFFSETS = ("modulo", "contiguous")
@@ -110,6 +110,10 @@ class DilationSchedule:
     def patterns(self) -> tuple[tuple[int, int], ...]:
         """The pairs (w_i, r_i)."""
         return tuple(zip(self.segment_lengths, self.dilation_rates))
+
+    def as_arguments(self) -> dict:
+        """The keyword arguments of `dilated_attention` that say the same."""
+        return asdict(self)
 
     @property
     def window(self) -> int:

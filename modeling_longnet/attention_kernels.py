@@ -1,0 +1,170 @@
+"""Attention kernels that give (out, log-sum-exp) and take them back for the backward: one interface over several.
+
+All tensors are [B, H, N, D] with any strides over the first three dimensions, log-sum-exps [B, H, N] in float32
+(float64 for float64). `causal` is only asked of squares. A backward is given the FINAL out and log-sum-exp of a softmax
+over more keys than the block's own; dS = P * (dP - rowsum(dO * O)) with P = exp(S - lse) is then the block's share of
+the gradient of the whole softmax.
+"""
+
+import importlib.util
+from typing import Protocol
+
+import torch
+
+
+aten = torch.ops.aten
+
+
+class Kernel(Protocol):
+    """What a backend provides; the two methods mirror each other."""
+
+    def forward(self, query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward(self, grad, query, key, value, out, lse, causal: bool, scale: float) -> tuple[torch.Tensor, ...]: ...
+
+
+class CpuFlash:
+    """PyTorch's fused CPU kernel; it reads strided rows in place."""
+
+    @staticmethod
+    def forward(query, key, value, causal, scale):
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+    @staticmethod
+    def backward(grad, query, key, value, out, lse, causal, scale):
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, causal, scale=scale
+        )
+
+
+def _pad_width(multiple: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Head dimensions up to a multiple that the CUDA kernels want; zeros change neither logits nor gradients."""
+    extra = -tensors[0].shape[-1] % multiple
+    return tuple(torch.nn.functional.pad(x, (0, extra)) if extra else x for x in tensors)
+
+
+class CudaFlash:
+    """PyTorch's FlashAttention-2 for float16 and bfloat16 on CUDA."""
+
+    @staticmethod
+    def forward(query, key, value, causal, scale):
+        width = query.shape[-1]
+        query, key, value = _pad_width(8, query, key, value)
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+        return out[..., :width], lse
+
+    @staticmethod
+    def backward(grad, query, key, value, out, lse, causal, scale):
+        width = query.shape[-1]
+        grad, query, key, value, out = _pad_width(8, grad, query, key, value, out)
+        # Without dropout the random state is never read, but the operator wants tensors for it.
+        state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
+            state, state, scale=scale,
+        )  # fmt: skip
+        return tuple(g[..., :width] for g in grads)
+
+
+class CudaEfficient:
+    """PyTorch's memory-efficient kernel on CUDA, for float32; its log-sum-exp is padded to a multiple of 32 queries."""
+
+    @staticmethod
+    def forward(query, key, value, causal, scale):
+        width, length = query.shape[-1], query.shape[2]
+        query, key, value = _pad_width(8, query, key, value)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
+        return out[..., :width], lse[..., :length]
+
+    @staticmethod
+    def backward(grad, query, key, value, out, lse, causal, scale):
+        width = query.shape[-1]
+        grad, query, key, value, out = _pad_width(8, grad, query, key, value, out)
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
+        state = torch.zeros((), dtype=torch.long, device=query.device)
+        *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, key, value, None, out, lse, state, state, 0.0, [True, True, True, False], causal, scale=scale
+        )
+        return tuple(g[..., :width] for g in grads)
+
+
+class FlashAttention2:
+    """The flash-attn package (2.7 and later); it wants [B, N, H, D]."""
+
+    @staticmethod
+    def forward(query, key, value, causal, scale):
+        from flash_attn.flash_attn_interface import _flash_attn_forward
+
+        width = query.shape[-1]
+        query, key, value = (x.transpose(1, 2) for x in _pad_width(8, query, key, value))
+        out, lse, *_ = _flash_attn_forward(query, key, value, 0.0, scale, causal, -1, -1, 0.0, None, False)
+        return out.transpose(1, 2)[..., :width], lse
+
+    @staticmethod
+    def backward(grad, query, key, value, out, lse, causal, scale):
+        from flash_attn.flash_attn_interface import _flash_attn_backward
+
+        width = query.shape[-1]
+        grad, query, key, value, out = (
+            x.transpose(1, 2).contiguous() for x in _pad_width(8, grad, query, key, value, out)
+        )
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        _flash_attn_backward(
+            grad, query, key, value, out, lse.contiguous(), *grads, 0.0, scale, causal, -1, -1, 0.0, None, False
+        )
+        return tuple(g.transpose(1, 2)[..., :width] for g in grads)
+
+
+BACKENDS = ("eager", "sdpa", "flash_attention_2")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def why_not(backend: str, query: torch.Tensor, dropout: float) -> str | None:
+    """The reason why `backend` cannot run on tensors like `query`, or None when it can."""
+    if backend == "eager":
+        return None
+    if dropout:
+        return f"its kernels have no dropout that the exact backward could replay, got dropout={dropout}"
+    if not query.dtype.is_floating_point:
+        return f"it wants floating point tensors, got {query.dtype}"
+    device, width = query.device.type, query.shape[-1]
+    if backend == "sdpa":
+        if device not in ("cpu", "cuda"):
+            return f"PyTorch has no kernel with a log-sum-exp for it on {device!r}"
+        if device == "cuda" and query.dtype == torch.float64:
+            return "PyTorch has no fused kernel for float64 on CUDA"
+        if device == "cuda" and query.dtype in _HALF and width > 256:
+            return f"PyTorch's flash kernel takes head dimensions up to 256, got {width}"
+        return None
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the flash-attn package is not installed (pip install flash-attn)"
+    if device != "cuda" or query.dtype not in _HALF:
+        return f"flash-attn runs float16 and bfloat16 on CUDA, got {query.dtype} on {device!r}"
+    return f"flash-attn takes head dimensions up to 256, got {width}" if width > 256 else None
+
+
+def choose_backend(backend: str | None, query: torch.Tensor, dropout: float) -> str:
+    """The backend to run: the one asked for by name, or with None the first that can.
+
+    Raises:
+        ValueError: the name is unknown, or the backend that was asked for cannot run these inputs.
+    """
+    if backend is None:
+        return next(name for name in ("flash_attention_2", "sdpa", "eager") if not why_not(name, query, dropout))
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    reason = why_not(backend, query, dropout)
+    if reason:
+        raise ValueError(f"`backend={backend!r}` cannot run these inputs: {reason}.")
+    return backend
+
+
+def get_kernel(backend: str, query: torch.Tensor) -> type[Kernel]:
+    """The kernel behind a backend that `choose_backend` returned ("eager" has none)."""
+    if backend == "flash_attention_2":
+        return FlashAttention2
+    if query.device.type == "cpu":
+        return CpuFlash
+    return CudaFlash if query.dtype in _HALF else CudaEfficient
