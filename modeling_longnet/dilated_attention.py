@@ -147,13 +147,17 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, grad_lse):
-    if grad_lse is not None:
-        raise RuntimeError("The gradient through the log-sum-exp is there only with backend='eager'.")
+    query, key, value, out, lse, document_ids, offset_tensor = ctx.saved_tensors
+    width, pad = query.shape[-1], torch.nn.functional.pad
     if grad is None:
-        return (None,) * (5 + len(ctx.settings))
-    *tensors, document_ids, offset_tensor = ctx.saved_tensors
-    grads = _backward_op(grad, *tensors, document_ids, offset_tensor, *ctx.settings)
-    return *grads, None, None, *(None for _ in ctx.settings)
+        grad = torch.zeros_like(out)
+    if grad_lse is not None:
+        # dS = P * (dP - rowsum(dO * O) + dlse): with one more column, the row sum inside the kernels holds dlse too.
+        query, key, value = (pad(x, (0, 1)) for x in (query, key, value))
+        out = pad(out, (0, 1), value=1.0)
+        grad = torch.cat([grad, -grad_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
+    grads = _backward_op(grad, query, key, value, out, lse, document_ids, offset_tensor, *ctx.settings)
+    return *(g[..., :width] for g in grads), None, None, *(None for _ in ctx.settings)
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -254,7 +258,7 @@ def dilated_attention(
             N - Q by default.
         backend: "eager" (plain PyTorch: dropout, second derivatives), "sdpa" (PyTorch's fused kernels),
             "flash_attention_2" (the flash-attn package), or None for the best that can run these inputs.
-        return_lse: also return the log-sum-exp of the logits. Its gradient is there with "eager" only.
+        return_lse: also return the log-sum-exp of the logits.
 
     Returns:
         out [B, H, Q, D] in the dtype of `query`; with `return_lse` also lse [B, H, Q] (float32; float64 for float64).
