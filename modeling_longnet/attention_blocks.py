@@ -4,7 +4,7 @@ Every block's (out, log-sum-exp) is merged into one dense accumulator, which is 
 each block's kernel again with the final out and log-sum-exp (see attention_kernels.py for why that is exact).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -129,16 +129,20 @@ def attend_blocks_backward(
         keys.add_grad(block, key_grad, value_grad)
 
 
-def _indices(rows: Rows, block: Block, device: torch.device) -> torch.Tensor:
+def block_positions(rows: Rows, block: Block, device: torch.device) -> torch.Tensor:
     """The positions of a block's rows, [repeats * rows]."""
     repeats = torch.arange(block.repeats, device=device) * block.stride
     return (repeats[:, None] + rows.start + rows.step * torch.arange(rows.count, device=device)).flatten()
 
 
-def _eager_scores(block: Block, query: torch.Tensor, key: torch.Tensor, start: int, scale: float):
+def _dense_index(block: Block, device: torch.device) -> torch.Tensor:
+    return block_positions(block.region.keys, block, device)
+
+
+def _eager_scores(block: Block, query, key, start: int, scale: float, key_index):
     """The block's logits [B, h, repeats, rows, keys] and the indices of its queries and keys."""
-    q_index = _indices(block.region.queries.shift(-start), block, query.device)
-    k_index = _indices(block.region.keys, block, query.device)
+    q_index = block_positions(block.region.queries.shift(-start), block, query.device)
+    k_index = key_index(block, query.device)
     shape = (block.repeats, -1)
     q = query[:, block.heads].index_select(2, q_index).unflatten(2, shape)
     k = key[:, block.kv_heads].index_select(2, k_index).unflatten(2, shape)
@@ -150,14 +154,14 @@ def _eager_scores(block: Block, query: torch.Tensor, key: torch.Tensor, start: i
     return scores, q_index, k_index
 
 
-def _eager_lse(blocks, query, key, start, scale, dtype) -> torch.Tensor:
+def _eager_lse(blocks, query, key, start, scale, key_index, dtype) -> torch.Tensor:
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
     for block in blocks:
         view = block_queries(lse, block, start)
         if block.region.kind == "zeros":
             view.copy_(torch.logaddexp(view, _zeros_lse(block, view)))
             continue
-        scores, _, _ = _eager_scores(block, query, key, start, scale)
+        scores, _, _ = _eager_scores(block, query, key, start, scale, key_index)
         view.copy_(torch.logaddexp(view, scores.to(dtype).logsumexp(-1)))
     return lse
 
@@ -170,22 +174,26 @@ def attend_blocks_eager(
     start: int,
     scale: float,
     dropout: float,
+    key_index: Callable[[Block, torch.device], torch.Tensor] = _dense_index,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of the blocks in plain PyTorch: any number of derivatives, dropout, gradient through lse."""
+    """(out, lse) of the blocks in plain PyTorch: any number of derivatives, dropout, gradient through lse.
+
+    `key_index` tells where the keys of a block lie along the third dimension of `key` and `value`.
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad():  # only a constant to subtract, so that no exponential overflows
-        maximum = _eager_lse(blocks, query, key, start, scale, dtype)
+        maximum = _eager_lse(blocks, query, key, start, scale, key_index, dtype)
         maximum = maximum.masked_fill(maximum == -torch.inf, 0)
     total = torch.zeros_like(maximum)
     # Zeros that stay part of the graph, even if no pattern selects any of these queries.
     mixed = query.masked_fill(query.new_ones((), dtype=torch.bool), 0).to(dtype)
     for block in blocks:
         if block.region.kind == "zeros":
-            index = _indices(block.region.queries.shift(-start), block, query.device)
+            index = block_positions(block.region.queries.shift(-start), block, query.device)
             share = (-maximum[:, block.heads].index_select(2, index)).exp() * block.region.keys.count
             total[:, block.heads].index_add_(2, index, share)
             continue
-        scores, q_index, k_index = _eager_scores(block, query, key, start, scale)
+        scores, q_index, k_index = _eager_scores(block, query, key, start, scale, key_index)
         shift = maximum[:, block.heads].index_select(2, q_index).unflatten(2, (block.repeats, -1))
         weights = (scores.to(dtype) - shift[..., None]).exp()
         total[:, block.heads].index_add_(2, q_index, weights.sum(-1).flatten(2, 3))
