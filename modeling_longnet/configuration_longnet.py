@@ -1,0 +1,331 @@
+# Copyright 2026 The longnet-transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LongNet model configuration"""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import auto_docstring, logging
+from transformers.utils.type_validators import interval
+
+from .dilation_schedule import DilationSchedule
+
+
+logger = logging.get_logger(__name__)
+
+POSITION_EMBEDDING_TYPES = ("xpos", "rope", "learned", "none")
+
+# Every head of one checkpoint folder, so that a saved causal LM also opens as AutoModel and the like.
+AUTO_MAP = {
+    "AutoConfig": "configuration_longnet.LongNetConfig",
+    "AutoModel": "modeling_longnet.LongNetModel",
+    "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
+    "AutoModelForMaskedLM": "modeling_longnet.LongNetForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_longnet.LongNetForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_longnet.LongNetForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_longnet.LongNetForQuestionAnswering",
+}
+
+# xPos multiplies queries by zeta ** (p / base) and keys by zeta ** (-p / base); the smallest zeta is 0.4 / 1.4.
+_XPOS_LOG_ZETA = math.log(1.4 / 0.4)
+# Natural logarithms of the largest numbers, less room for the features themselves. The product of a query with a key
+# that the causal mask hides afterwards has to be finite too.
+_XPOS_MAX_LOG_PRODUCT = math.log(3.4e38) - 8
+_XPOS_MAX_LOG_FLOAT16 = math.log(65504) - 4
+
+
+@auto_docstring(
+    checkpoint="longnet-transformers/longnet-125m",
+    custom_intro="""
+    Configuration of a LongNet ([LongNet: Scaling Transformers to 1,000,000,000 Tokens](https://arxiv.org/abs/2307.02486)):
+    a MAGNETO Transformer with dilated attention. The defaults are the 125M-parameter model of the paper.
+    """,
+)
+@strict
+class LongNetConfig(PreTrainedConfig):
+    r"""
+    segment_lengths (`list[int]`, *optional*, defaults to `[2048, 4096, 8192, 16384, 32768]`):
+        w of each pattern of the dilated attention, in tokens, not decreasing.
+    dilation_rates (`list[int]`, *optional*, defaults to `[1, 2, 4, 6, 12]`):
+        r of each pattern: every r-th token of a segment takes part. As many as segment lengths, not decreasing; a
+        causal model needs a first rate of 1.
+    head_offsets (`str`, *optional*, defaults to `"modulo"`):
+        Which tokens of a segment head j selects: `"modulo"`, those at j % r (the paper), or `"contiguous"`, those at
+        j // ceil(num_attention_heads / r) (torchscale).
+    overlap (`str`, *optional*, defaults to `"count"`):
+        `"count"`: a key that m patterns offer counts m times in the softmax (the paper); `"once"`: it counts once.
+    num_sink_tokens (`int`, *optional*, defaults to 0):
+        Number of first tokens of each document that every query sees, each counted once.
+    padding (`str`, *optional*, defaults to `"mask"`):
+        `"zeros"` lets the zero keys with which torchscale fills incomplete segments take part in the softmax, as its
+        published bidirectional checkpoints were trained.
+    is_causal (`bool`, *optional*, defaults to `True`):
+        Whether keys after the query are hidden (decoder) or not (encoder).
+    position_embedding_type (`str`, *optional*, defaults to `"xpos"`):
+        `"xpos"` (the paper), `"rope"` (set by `rope_parameters`), `"learned"` (a table of `max_position_embeddings`
+        rows) or `"none"`.
+    position_embedding_offset (`int`, *optional*, defaults to 0):
+        Row of the learned table that holds position 0; 2 in torchscale's checkpoints.
+    xpos_scale_base (`int` or `float`, *optional*, defaults to 512):
+        Distance, in tokens, over which xPos decays by its basic factors.
+    sub_layernorm (`bool`, *optional*, defaults to `True`):
+        Whether MAGNETO's second LayerNorm stands before each output projection.
+    scale_embedding (`bool`, *optional*, defaults to `True`):
+        Whether token embeddings are multiplied by sqrt(hidden_size).
+    layernorm_embedding (`bool`, *optional*, defaults to `False`):
+        Whether a LayerNorm follows the embeddings.
+    hidden_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on the embeddings and on the output of each sub-layer.
+    activation_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on the activations inside the feed-forward network.
+    drop_path_rate (`float`, *optional*, defaults to 0.0):
+        Stochastic depth: probability that the last layer's sub-layers are skipped for a row; it rises linearly from
+        0 at the first layer.
+
+    Raises:
+        ValueError: for schedules, sizes or position embeddings that have no meaning or cannot be represented.
+
+    Example:
+
+    ```python
+    >>> from modeling_longnet import LongNetConfig, LongNetModel
+
+    >>> configuration = LongNetConfig(num_hidden_layers=2, segment_lengths=[256, 1024], dilation_rates=[1, 4])
+    >>> model = LongNetModel(configuration)
+    >>> configuration = model.config
+    ```"""
+
+    model_type = "longnet"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 64000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 32768
+    segment_lengths: list[int] | tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
+    head_offsets: str = "modulo"
+    overlap: str = "count"
+    num_sink_tokens: int = 0
+    padding: str = "mask"
+    is_causal: bool = True
+    position_embedding_type: str = "xpos"
+    position_embedding_offset: int = 0
+    xpos_scale_base: int | float = 512
+    rope_parameters: RopeParameters | dict | None = None
+    sub_layernorm: bool = True
+    scale_embedding: bool = True
+    layernorm_embedding: bool = False
+    layer_norm_eps: int | float = 1e-5
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    attention_dropout: int | float = 0.0
+    hidden_dropout: int | float = 0.0
+    activation_dropout: int | float = 0.0
+    drop_path_rate: int | float = 0.0
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.segment_lengths = list(self.segment_lengths)  # as JSON gives them back
+        self.dilation_rates = list(self.dilation_rates)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_sizes()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        rope_is_given = self.rope_parameters is not None or kwargs.get("rope_scaling") is not None
+        super().__post_init__(**kwargs)
+        if self.position_embedding_type != "rope":
+            self.rope_parameters = None
+            if rope_is_given:
+                logger.warning_once(
+                    "`rope_parameters` has no effect with "
+                    f"`position_embedding_type={self.position_embedding_type!r}` and is dropped."
+                )
+        # Called here as well, so that these errors come as plain ValueErrors.
+        self.validate_architecture()
+
+    def _check_sizes(self):
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*names, "num_key_value_heads", "max_position_embeddings", "xpos_scale_base"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                "`hidden_size` must be a multiple of `num_attention_heads` when `head_dim` is not given, got "
+                f"{self.hidden_size} and {self.num_attention_heads}."
+            )
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: what the fields must satisfy together."""
+        self._check_sizes()
+        if self.head_dim < 1:
+            raise ValueError(f"`head_dim` must be positive, got {self.head_dim}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                "`num_attention_heads` must be a multiple of `num_key_value_heads`, got "
+                f"{self.num_attention_heads} and {self.num_key_value_heads}."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be an activation that Transformers knows, got {self.hidden_act!r}.")
+        if not self.layer_norm_eps > 0:
+            raise ValueError(f"`layer_norm_eps` must be positive, got {self.layer_norm_eps}.")
+        for name in ("attention_dropout", "hidden_dropout", "activation_dropout", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        schedule = self.dilation_schedule  # raises for what is no schedule
+        if self.is_causal and self.dilation_rates[0] != 1:
+            raise ValueError(
+                "`dilation_rates` of a causal model must begin with 1, or some tokens would not see even themselves, "
+                f"got {self.dilation_rates}."
+            )
+        if unread := schedule.unread_offsets(self.num_attention_heads):
+            logger.warning_once(
+                f"With {self.num_attention_heads} heads and `head_offsets={self.head_offsets!r}` these offsets of "
+                f"`dilation_rates` have no head, so those tokens are never read at that rate: {unread}."
+            )
+        self._check_positions()
+
+    def _check_positions(self):
+        kind = self.position_embedding_type
+        if kind not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"`position_embedding_type` must be one of {', '.join(map(repr, POSITION_EMBEDDING_TYPES))}, "
+                f"got {kind!r}."
+            )
+        if self.position_embedding_offset < 0:
+            raise ValueError(f"`position_embedding_offset` must be at least 0, got {self.position_embedding_offset}.")
+        if self.position_embedding_offset and kind != "learned":
+            raise ValueError(
+                "`position_embedding_offset` is for `position_embedding_type='learned'`, got "
+                f"{self.position_embedding_offset} with {kind!r}."
+            )
+        if kind in ("xpos", "rope") and self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even for {kind}, which rotates pairs, got {self.head_dim}.")
+        if kind == "rope" and self.rope_parameters and self.rope_parameters.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(
+                "`rope_parameters` must rotate the whole head, got partial_rotary_factor="
+                f"{self.rope_parameters['partial_rotary_factor']}."
+            )
+        if kind == "xpos":
+            self._check_xpos_range()
+
+    def _check_xpos_range(self):
+        longest = _XPOS_MAX_LOG_PRODUCT * self.xpos_scale_base / _XPOS_LOG_ZETA
+        if self.xpos_range > longest:
+            needed = math.ceil(self.xpos_range * _XPOS_LOG_ZETA / _XPOS_MAX_LOG_PRODUCT)
+            name = "segment_lengths" if self.xpos_is_centred_per_segment else "max_position_embeddings"
+            raise ValueError(
+                f"`{name}`: xPos with `xpos_scale_base={self.xpos_scale_base}` can be represented in float32 over "
+                f"{int(longest)} tokens, got {self.xpos_range}. Use an `xpos_scale_base` of at least {needed}, or "
+                "`position_embedding_type='rope'`."
+            )
+        if str(self.dtype).removeprefix("torch.") == "float16" and not self.xpos_fits_float16:
+            raise ValueError(
+                f"`dtype`: xPos over {self.xpos_range} tokens with `xpos_scale_base={self.xpos_scale_base}` cannot be "
+                "represented in float16, use bfloat16 or float32."
+            )
+        if not self.is_causal:
+            logger.warning_once(
+                "xPos makes keys after the query grow with their distance where those before it decay; it is meant for "
+                "causal models. Consider `position_embedding_type='rope'` for a bidirectional one."
+            )
+
+    @property
+    def dilation_schedule(self) -> DilationSchedule:
+        """The validated schedule that the attention follows."""
+        return DilationSchedule(
+            segment_lengths=tuple(self.segment_lengths),
+            dilation_rates=tuple(self.dilation_rates),
+            is_causal=self.is_causal,
+            head_offsets=self.head_offsets,
+            overlap=self.overlap,
+            num_sink_tokens=self.num_sink_tokens,
+            padding=self.padding,
+        )
+
+    @property
+    def xpos_is_centred_per_segment(self) -> bool:
+        """Whether any two tokens that see each other lie in one segment of the largest length.
+
+        Then xPos counts from that segment's middle, and texts of any length can be represented.
+        """
+        largest = self.segment_lengths[-1]
+        return self.num_sink_tokens == 0 and all(largest % length == 0 for length in self.segment_lengths)
+
+    @property
+    def xpos_range(self) -> int:
+        """Number of tokens over which the xPos exponent runs, centred."""
+        return self.segment_lengths[-1] if self.xpos_is_centred_per_segment else self.max_position_embeddings
+
+    @property
+    def xpos_fits_float16(self) -> bool:
+        """Whether queries and keys stay finite in float16 after xPos."""
+        return self.xpos_range / 2 * _XPOS_LOG_ZETA / self.xpos_scale_base <= _XPOS_MAX_LOG_FLOAT16
+
+    @classmethod
+    def geometric(cls, base_segment_length: int, max_length: int, ratio: int = 2, **kwargs) -> "LongNetConfig":
+        r"""A configuration whose schedule covers `max_length` tokens: segments base * ratio^i, rates ratio^i.
+
+        Each pattern then costs the same per token, so the whole costs in proportion to the logarithm of the length.
+
+            >>> LongNetConfig.geometric(1024, 5000).segment_lengths
+            [1024, 2048, 4096, 8192]
+
+        Args:
+            base_segment_length: length of the dense segments, in tokens.
+            max_length: the last segment is the first that reaches it; also the default `max_position_embeddings`.
+            ratio: of one segment length, and one rate, to the next; at least 2.
+            kwargs: any other field of the configuration.
+
+        Raises:
+            ValueError: for values that give no schedule, or other fields that do not go with it.
+        """
+        for name, value, least in (
+            ("base_segment_length", base_segment_length, 1),
+            ("max_length", max_length, 1),
+            ("ratio", ratio, 2),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        for name in ("segment_lengths", "dilation_rates"):
+            if name in kwargs:
+                raise ValueError(f"`{name}` is what `geometric` computes, so it cannot be given, got {kwargs[name]!r}.")
+        rates = [1]
+        while base_segment_length * rates[-1] < max_length:
+            rates.append(rates[-1] * ratio)
+        kwargs.setdefault("max_position_embeddings", max_length)
+        return cls(segment_lengths=[base_segment_length * rate for rate in rates], dilation_rates=rates, **kwargs)
+
+
+__all__ = ["LongNetConfig"]

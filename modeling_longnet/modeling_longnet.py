@@ -1,0 +1,588 @@
+# Copyright 2026 The longnet-transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch LongNet model: a MAGNETO Transformer whose attention is dilated.
+
+Letters: B batch, H query heads, G key/value heads, Q tokens of the queries, N tokens of the keys, D head dimension.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_longnet import LongNetConfig
+from .dilated_attention import dilated_attention
+from .dilated_attention_reference import dilated_attention_reference
+from .document_ids import find_document_ids, query_extent, query_positions
+from .position_embeddings import LongNetRotaryEmbedding, LongNetXposEmbedding, apply_rotary_pos_emb, apply_xpos
+
+
+logger = logging.get_logger(__name__)
+
+
+def schedule_arguments(module: nn.Module, is_causal: bool | None) -> dict:
+    """What the operator has to know about the schedule and about the heads that `module` holds."""
+    config = module.config
+    return {
+        "segment_lengths": config.segment_lengths,
+        "dilation_rates": config.dilation_rates,
+        "is_causal": module.is_causal if is_causal is None else is_causal,
+        "head_offsets": config.head_offsets,
+        "overlap": config.overlap,
+        "num_sink_tokens": config.num_sink_tokens,
+        "padding": config.padding,
+    }
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    query_offset: int | torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, with its joint weights [B, H, Q, N]; `attention_mask` are the document ids [B, N] of the keys."""
+    output, weights = dilated_attention_reference(
+        query,
+        key,
+        value,
+        **schedule_arguments(module, is_causal),
+        scale=scaling,
+        dropout=dropout,
+        document_ids=attention_mask,
+        query_offset=query_offset,
+        return_weights=True,
+    )
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def fused_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    backend: str,
+    dropout: float = 0.0,
+    query_offset: int | torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """The operator with the kernels that `backend` names; `attention_mask` are the document ids [B, N] of the keys."""
+    if output_attentions:
+        raise ValueError(
+            "`output_attentions=True` wants attn_implementation='eager', which computes the N x N weights, got "
+            f"'{backend}'. Load the model with it, or call model.set_attn_implementation('eager')."
+        )
+    if dropout > 0:
+        logger.warning_once(
+            f"The '{backend}' kernels have no dropout: with `attention_dropout` > 0 training uses the operator's plain "
+            "PyTorch form, which is slower."
+        )
+        backend = "eager"
+    output = dilated_attention(
+        query,
+        key,
+        value,
+        **schedule_arguments(module, is_causal),
+        scale=scaling,
+        dropout=dropout,
+        document_ids=attention_mask,
+        query_offset=query_offset,
+        backend=backend,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+class LongNetAttentionInterface(AttentionInterface):
+    """Only the names below: every function of the library's own table would compute dense attention."""
+
+    _global_mapping = {name: partial(fused_attention_forward, backend=name) for name in ("sdpa", "flash_attention_2")}
+
+
+ALL_ATTENTION_FUNCTIONS = LongNetAttentionInterface()
+
+
+class LongNetAttention(nn.Module):
+    """Dilated multi-head attention with MAGNETO's LayerNorm over the concatenated heads."""
+
+    def __init__(self, config: LongNetConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+        self.fits_float16 = config.position_embedding_type != "xpos" or config.xpos_fits_float16
+        # CODEPATH: xPos is the paper's; the other types never hand over its third table.
+        self.apply_positions = apply_xpos if config.position_embedding_type == "xpos" else apply_rotary_pos_emb
+
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.inner_attn_ln = nn.Identity()
+        # CODEPATH: torchscale checkpoints trained with subln=False have none.
+        if config.sub_layernorm:
+            self.inner_attn_ln = nn.LayerNorm(query_width, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, ...] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query_states, key_states = self.apply_positions(query_states, key_states, *position_embeddings)
+            if query_states.dtype == torch.float16 and not self.fits_float16:
+                raise ValueError(
+                    f"`dtype`: xPos over {self.config.xpos_range} tokens cannot be represented in float16 with "
+                    f"`xpos_scale_base={self.config.xpos_scale_base}`, use bfloat16 or float32."
+                )
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = self.inner_attn_ln(attn_output.reshape(*input_shape, -1))
+        return self.o_proj(attn_output), attn_weights
+
+
+class LongNetMLP(nn.Module):
+    def __init__(self, config: LongNetConfig):
+        super().__init__()
+        self.activation_dropout = config.activation_dropout
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.ffn_layernorm = nn.Identity()
+        # CODEPATH: torchscale checkpoints trained with subln=False have none.
+        if config.sub_layernorm:
+            self.ffn_layernorm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.act_fn(self.fc1(hidden_states))
+        hidden_states = nn.functional.dropout(hidden_states, p=self.activation_dropout, training=self.training)
+        return self.fc2(self.ffn_layernorm(hidden_states))
+
+
+class LongNetDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LongNetConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.drop_path_rate = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
+        self.self_attn = LongNetAttention(config=config, layer_idx=layer_idx)
+        self.mlp = LongNetMLP(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def add_to_residual(self, residual: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """residual + update, with dropout and stochastic depth on the update; both [B, Q, hidden_size]."""
+        update = nn.functional.dropout(update, p=self.hidden_dropout, training=self.training)
+        if self.training and self.drop_path_rate > 0:
+            kept = torch.full((len(update), 1, 1), 1 - self.drop_path_rate, device=update.device).bernoulli()
+            update = update * (kept / (1 - self.drop_path_rate)).to(update.dtype)
+        return residual + update
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, ...] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(
+            hidden_states=self.self_attn_layer_norm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = self.add_to_residual(hidden_states, attn_output)
+        return self.add_to_residual(hidden_states, self.mlp(self.final_layer_norm(hidden_states)))
+
+
+@auto_docstring
+class LongNetPreTrainedModel(PreTrainedModel):
+    config: LongNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LongNetDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = False
+    _supports_attention_backend = False  # another attention function would be a dense one
+
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": LongNetDecoderLayer,
+        "attentions": LongNetAttention,
+    }
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        names = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+        if requested_attention is not None and requested_attention not in names:
+            raise ValueError(
+                f"`attn_implementation` must be one of {', '.join(map(repr, names))}: any other would compute dense "
+                f"attention, got {requested_attention!r}."
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # CODEPATH: MAGNETO (https://arxiv.org/abs/2210.06423), table 1, for its own architecture only.
+        if self.config.sub_layernorm:
+            gain = math.sqrt(math.log(2 * self.config.num_hidden_layers))
+            if isinstance(module, LongNetAttention):
+                init.xavier_normal_(module.q_proj.weight)
+                init.xavier_normal_(module.k_proj.weight)
+                init.xavier_normal_(module.v_proj.weight, gain=gain)
+                init.xavier_normal_(module.o_proj.weight, gain=gain)
+            elif isinstance(module, LongNetMLP):
+                init.xavier_normal_(module.fc1.weight, gain=gain)
+                init.xavier_normal_(module.fc2.weight, gain=gain)
+        # CODEPATH: with the factor sqrt(hidden_size) this gives token vectors of unit variance, as in torchscale.
+        if self.config.scale_embedding and isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.hidden_size**-0.5)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+
+
+@auto_docstring
+class LongNetModel(LongNetPreTrainedModel):
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        # CODEPATH: torchscale's no_scale_embedding, which its learned-position and slide encoders set.
+        self.embed_scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_positions = None
+        # CODEPATH: torchscale's decoders without xPos.
+        if config.position_embedding_type == "learned":
+            rows = config.max_position_embeddings + config.position_embedding_offset
+            self.embed_positions = nn.Embedding(rows, config.hidden_size)
+        self.layernorm_embedding = nn.Identity()
+        # CODEPATH: torchscale's option of that name.
+        if config.layernorm_embedding:
+            self.layernorm_embedding = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            [LongNetDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        rotary_classes = {"xpos": LongNetXposEmbedding, "rope": LongNetRotaryEmbedding}
+        rotary_class = rotary_classes.get(config.position_embedding_type)
+        self.rotary_emb = None if rotary_class is None else rotary_class(config=config)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    def check_positions(self, positions: torch.Tensor) -> None:
+        """Refuses positions [B, Q] beyond a learned table, or beyond what xPos can represent."""
+        # CODEPATH: see `LongNetConfig.position_embedding_type` and `xpos_is_centred_per_segment`.
+        if self.config.position_embedding_type == "xpos" and self.config.xpos_is_centred_per_segment:
+            return
+        limit = self.config.max_position_embeddings
+        if not is_tracing(positions) and (positions >= limit).any():
+            raise ValueError(
+                f"Positions must be below `max_position_embeddings={limit}` with `position_embedding_type="
+                f"{self.config.position_embedding_type!r}`, got {int(positions.max())}."
+            )
+
+    def embed(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, document_positions: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Input of the first layer [B, Q, hidden_size], and the tables by which the layers rotate queries and keys."""
+        hidden_states = inputs_embeds * self.embed_scale
+        if self.embed_positions is not None:
+            self.check_positions(position_ids)
+            rows = position_ids + self.config.position_embedding_offset
+            hidden_states = hidden_states + self.embed_positions(rows)
+        hidden_states = self.layernorm_embedding(hidden_states)
+        hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout, training=self.training)
+        if self.rotary_emb is None:
+            return hidden_states, None
+        # CODEPATH: xPos must count as the segments do, which no position_ids can change; RoPE takes what it is given.
+        if self.config.position_embedding_type == "xpos":
+            self.check_positions(document_positions)
+            return hidden_states, self.rotary_emb(hidden_states, document_positions)
+        return hidden_states, self.rotary_emb(hidden_states, position_ids=position_ids)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        # CODEPATH: encoders have no cache of their own.
+        if use_cache and past_key_values is None and self.config.is_causal:
+            past_key_values = DynamicCache(config=self.config)
+
+        query_length, device = inputs_embeds.shape[1], inputs_embeds.device
+        query_offset, key_length = query_extent(past_key_values, query_length, device, self.config.is_causal)
+        document_ids = find_document_ids(
+            attention_mask,
+            position_ids,
+            batch_size=len(inputs_embeds),
+            query_length=query_length,
+            query_offset=query_offset,
+            key_length=key_length,
+        )
+        document_positions = query_positions(document_ids, query_offset, query_length, device)
+        if position_ids is None:
+            position_ids = document_positions
+        hidden_states, position_embeddings = self.embed(inputs_embeds, position_ids, document_positions)
+
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=document_ids,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                query_offset=query_offset,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+
+@auto_docstring
+class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
+        if not config.is_causal:
+            raise ValueError(
+                "`is_causal` must be True for LongNetForCausalLM, got False. Use LongNetForMaskedLM for an encoder."
+            )
+        self.model = LongNetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: LongNetConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor | None:
+        """The document ids of the keys as an integer tensor [B, 1, 1, N], which `forward` takes as `attention_mask`."""
+        query_length = inputs_embeds.shape[1]
+        query_offset, key_length = query_extent(past_key_values, query_length, inputs_embeds.device)
+        document_ids = find_document_ids(
+            attention_mask,
+            position_ids,
+            batch_size=len(inputs_embeds),
+            query_length=query_length,
+            query_offset=query_offset,
+            key_length=key_length,
+        )
+        return None if document_ids is None else document_ids[:, None, None]
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_longnet import LongNetConfig, LongNetForCausalLM
+
+        >>> model = LongNetForCausalLM(LongNetConfig(vocab_size=256, num_hidden_layers=2))
+        >>> tokens = torch.tensor([list(b"How long is a long text?")])
+        >>> bytes(model.generate(tokens, max_new_tokens=20)[0].tolist())
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    A LongNet, bidirectional (`is_causal=False`) as a rule, with a language modeling head on each token.
+    """
+)
+class LongNetForMaskedLM(LongNetPreTrainedModel):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
+        if config.is_causal:
+            logger.warning_once("LongNetForMaskedLM sees only what precedes a masked token, as `is_causal` is True.")
+        self.model = LongNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **{**kwargs, "use_cache": False},
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel): ...
+
+
+class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTrainedModel): ...
+
+
+class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrainedModel): ...
+
+
+__all__ = [
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForQuestionAnswering",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
+    "LongNetPreTrainedModel",
+]
