@@ -1,0 +1,108 @@
+"""What a patch did, in figures."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from .dilation_schedule import DilationSchedule
+from .patched_attention import AttentionCall
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What a patch did.
+
+    Attributes:
+        family: the model type.
+        num_layers: layers in all. `layers`: the patched ones. `left_alone`: the others, with the reason.
+        schedule: of the patched layers.
+        native_context: tokens that the model was trained to read, if it says so.
+        reach: the longest segment; further back a query sees the sink tokens only.
+        keys_per_query: mean number of keys that a query of a patched layer attends to, in a text of `reach` tokens; a
+            key that several patterns offer is counted for each. `dense_keys_per_query`: of dense attention there.
+        kv_bytes_per_token: what a plain cache stores for a token, in all layers; a patch does not change that.
+        bounded_kv_bytes_per_token: what a bounded cache stores, in a text of `reach` tokens, per token: the layers left
+            alone grow, the patched ones hold a fixed number of rows.
+        rope_scaling: the scaled rope parameters given, if any.
+    """
+
+    family: str
+    num_layers: int
+    layers: tuple[int, ...]
+    left_alone: dict[int, str]
+    schedule: DilationSchedule
+    native_context: int | None
+    reach: int
+    keys_per_query: float
+    dense_keys_per_query: float
+    kv_bytes_per_token: int
+    bounded_kv_bytes_per_token: float
+    rope_scaling: dict | None
+
+    def __str__(self) -> str:
+        s = self.schedule
+        patterns = ", ".join(f"{w}/{r}" for w, r in s.patterns)
+        lines = [
+            f"{self.family}: dilated attention in {len(self.layers)} of {self.num_layers} layers",
+            *(f"  layer {index} left alone: {reason}" for index, reason in self.left_alone.items()),
+            f"  schedule        {patterns} (segment length / dilation rate); overlap {s.overlap}, "
+            f"{s.num_sink_tokens} sink tokens, head offsets {s.head_offsets}, local {s.local}",
+            f"  reach           {self.reach} tokens (native context {self.native_context}, rope scaling "
+            f"{self.rope_scaling['rope_type'] if self.rope_scaling else 'none'})",
+            f"  at {self.reach} tokens",
+            f"  keys per query  {self.dense_keys_per_query:.0f} -> {self.keys_per_query:.0f} (mean)",
+            f"  KV bytes/token  {self.kv_bytes_per_token} -> {self.kv_bytes_per_token} with a plain cache, "
+            f"{self.bounded_kv_bytes_per_token:.0f} with a bounded one",
+        ]
+        return "\n".join(lines)
+
+
+def keys_per_query(schedule: DilationSchedule) -> float:
+    """Mean number of keys of a causal query over all positions and heads, each pattern's counted."""
+    total = float(schedule.num_sink_tokens)
+    for i, (w, r) in enumerate(schedule.patterns):
+        # A head selects one query in r, and half of the w / r keys come before it.
+        total += schedule.window if i == 0 and schedule.window else (w / r + 1) / 2 / r
+    return total
+
+
+def bounded_rows(schedule: DilationSchedule, num_heads: int, num_key_value_heads: int) -> int:
+    """Rows that a bounded cache keeps for one key/value head: the union of its query heads' offsets in each pattern."""
+    group = num_heads // num_key_value_heads
+    rows = schedule.num_sink_tokens
+    for i, (w, r) in enumerate(schedule.patterns):
+        rows += schedule.window if i == 0 and schedule.window else -(-w // r) * min(group, r)
+    return rows
+
+
+def make_report(
+    model: PreTrainedModel,
+    schedule: DilationSchedule,
+    calls: list[AttentionCall],
+    layers: list[int],
+    reasons: dict[int, str | None],
+    rope_scaling: dict | None,
+) -> PatchReport:
+    """The report of a patch, from the calls that its probe saw."""
+    reach = schedule.segment_lengths[-1]
+    per_token, at_reach = 0, 0.0
+    for call in calls:
+        _, groups, _, width = call.key_shape
+        row = 2 * width * call.itemsize  # a key and a value
+        per_token += groups * row
+        rows = bounded_rows(schedule, call.num_heads, groups) if call.module.layer_idx in layers else reach
+        at_reach += groups * row * min(rows, reach)
+    return PatchReport(
+        family=model.config.model_type,
+        num_layers=len(reasons),
+        layers=tuple(layers),
+        left_alone={i: reason or "not chosen by `layers`" for i, reason in reasons.items() if i not in layers},
+        schedule=schedule,
+        native_context=getattr(model.config, "max_position_embeddings", None),
+        reach=reach,
+        keys_per_query=keys_per_query(schedule),
+        dense_keys_per_query=(reach + 1) / 2,
+        kv_bytes_per_token=per_token,
+        bounded_kv_bytes_per_token=at_reach / reach,
+        rope_scaling=rope_scaling,
+    )

@@ -1,0 +1,380 @@
+"""What a patched model runs: an attention function and a mask function for Transformers' own interfaces.
+
+Letters: B batch, H query heads, G key/value heads, Q query tokens, N key tokens, D head dimension.
+
+The mask function never builds a Q x N mask. It returns an int32 tensor [B, 1, 3, N], which Transformers, Accelerate's
+hooks and gradient checkpointing carry to every layer as they would carry a mask:
+
+    row 0   document id of each key, negative = padding   -1 -1  1  1  1  1     (left padding)
+    row 1   index of the first query among the keys        4  4  4  4  4  4     (two queries)
+    row 2   whether the caller gave a 2-D attention mask   1  1  1  1  1  1
+
+The settings of a patch live in `config.dilated_attention`, nowhere else: a model that is copied or wrapped keeps them.
+"""
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .dilated_attention import dilated_attention
+
+
+logger = logging.get_logger(__name__)
+
+# The name tells what the layers that are left alone run. "flash" or "sdpa" in a name means something to Transformers.
+IMPLEMENTATIONS = {
+    "sdpa": "dilated",
+    "eager": "dilated_over_eager",
+    "flex_attention": "dilated_over_flex",
+    "flash_attention_2": "dilated_over_fa2",
+    "flash_attention_3": "dilated_over_fa3",
+}
+ORIGINALS = {name: original for original, name in IMPLEMENTATIONS.items()}
+
+# Arguments that some model passes to its attention and that change the result.
+UNSUPPORTED_ARGUMENTS = {
+    "softcap": "it caps its attention scores (softcap)",
+    "s_aux": "it has learned attention sinks (s_aux)",
+    "sinks": "it has learned attention sinks (sinks)",
+    "position_bias": "it adds a position bias to its scores (position_bias)",
+    "indices": "it selects its keys itself (indices)",
+    "block_indices": "it selects its keys itself (block_indices)",
+    "sliding_window": "it is a sliding-window layer",
+    "cache": "it reads a paged cache (continuous batching)",
+    "block_table": "it reads a paged cache (continuous batching)",
+}
+
+
+@dataclass
+class AttentionCall:
+    """One call of the attention function during a probe: the module that called, and why it cannot be dilated."""
+
+    module: torch.nn.Module
+    reason: str | None
+    num_heads: int
+    key_shape: tuple[int, ...]
+    itemsize: int
+
+
+@dataclass
+class Probe:
+    """Records the attention calls of a forward pass instead of computing them."""
+
+    calls: list[AttentionCall] = field(default_factory=list)
+
+
+_active_probe: Probe | None = None
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[Probe]:
+    """While open, the attention functions of this file record who calls them, and return zeros."""
+    global _active_probe
+    _active_probe = Probe()
+    try:
+        yield _active_probe
+    finally:
+        _active_probe = None
+
+
+def unsupported_reason(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict
+) -> str | None:
+    """Why this layer's attention cannot be replaced by a dilated one, or None."""
+    for name, reason in UNSUPPORTED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            return reason
+    if arguments.get("is_causal") is False or not getattr(module, "is_causal", True):
+        return "it is not causal (an encoder or cross-attention)"
+    if getattr(module, "is_cross_attention", False):
+        return "it is cross-attention"
+    if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+        return f"its keys and values differ in width ({key.shape[-1]} and {value.shape[-1]}: latent attention)"
+    if query.shape[1] % key.shape[1]:
+        return f"its {query.shape[1]} query heads are not a multiple of its {key.shape[1]} key/value heads"
+    return None
+
+
+def is_compact_mask(mask: object) -> bool:
+    """Whether this is a mask made by `dilated_mask`."""
+    return isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1:3] == (1, 3)
+
+
+def _padding_ids(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
+    """Document ids [B, N] from a 2-D mask: 1 = real, -1 = padding. One run of real tokens a row, or a ValueError."""
+    real = attention_mask[:, :kv_length].bool()
+    real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]), value=False)
+    if not torch.compiler.is_compiling():
+        begins = real.clone()
+        begins[:, 1:] &= ~real[:, :-1]
+        if int(begins.sum(1).max()) > 1:
+            raise ValueError(
+                "`attention_mask` has padding between real tokens, which a patched model does not read: positions and "
+                "segments would be ambiguous. Pad on the left (`tokenizer.padding_side = 'left'`) when generating "
+                "or when continuing from a cache."
+            )
+    return torch.where(real, 1, -1)
+
+
+def _packed_ids(mask_function: Callable, batch_size: int, length: int, device: torch.device) -> torch.Tensor:
+    """Document ids [B, N] that a model's packing detection has put into its mask function, from neighbours only."""
+    batch = torch.arange(batch_size, device=device)[:, None]
+    later = torch.arange(1, length, device=device)[None]
+    sees_past = mask_function(batch, 0, later, later - 1).expand(batch_size, -1)
+    sees_future = mask_function(batch, 0, later - 1, later)
+    if not torch.compiler.is_compiling() and bool(sees_future.any()):
+        raise ValueError("a patched model is causal; this forward asks for a mask that lets tokens see later ones.")
+    ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+    ids[:, 1:] = (~sees_past).cumsum(1)
+    return ids
+
+
+def dilated_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config=None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """The compact mask of this file's head, int32 [B, 1, 3, N]; a sliding-window or chunked layer gets its own mask.
+
+    Raises:
+        ValueError: for padding between real tokens, and for masks that are not causal or that a model adds to.
+    """
+    if local_size is not None:
+        original = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINALS[config._attn_implementation]]
+        return original(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            local_size=local_size, use_vmap=use_vmap, device=device, config=config, **kwargs,
+        )  # fmt: skip
+    if use_vmap:
+        raise ValueError("this forward adds its own function to the causal mask, which a patched model cannot read.")
+    device = attention_mask.device if attention_mask is not None else torch.device(device)
+    if attention_mask is not None:
+        ids = _padding_ids(attention_mask, kv_length)
+    elif mask_function is not causal_mask_function and kv_length > 1:
+        if q_length != kv_length:
+            raise ValueError("this forward uses a mask that is not the causal one, which a patched model cannot read.")
+        ids = _packed_ids(mask_function, batch_size, kv_length, device)
+    else:
+        ids = torch.zeros(batch_size, kv_length, dtype=torch.long, device=device)
+    mask = torch.empty(batch_size, 1, 3, kv_length, dtype=torch.int32, device=device)
+    mask[:, 0, 0] = ids
+    # A static cache's offset is a live tensor, bumped by every layer's update: writing it here copies it.
+    mask[:, 0, 1] = q_offset - kv_offset
+    mask[:, 0, 2] = int(attention_mask is not None)
+    return mask
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where documents and queries lie: ids [B, N] or None for one document a row, query index or None for the end."""
+
+    document_ids: torch.Tensor | None
+    query_offset: int | torch.Tensor | None
+    is_packed: bool
+
+
+def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
+    batch, length = ids.shape
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    if position_ids is None:
+        return begins
+    if position_ids.ndim != 2:
+        raise ValueError(f"`position_ids` must have shape [B, Q] in a patched model, got {tuple(position_ids.shape)}.")
+    position_ids = position_ids.expand(batch, -1)
+    index = (offset + torch.arange(position_ids.shape[1], device=ids.device)).expand(batch, -1)
+    jumps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+    # The first query may go on with a document that began in an earlier chunk: its position says where.
+    first = (offset - position_ids[:, :1]).clamp(min=torch.zeros_like(offset), max=offset)
+    return begins.scatter(1, index, begins.gather(1, index) | jumps).scatter(1, first, True)
+
+
+def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
+    """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
+    ids, offset, given = mask[:, 0, 0].long(), mask[0, 0, 1, 0].long(), mask[0, 0, 2, 0] > 0
+    length = mask.shape[-1]
+    begins = None
+    if torch.compiler.is_compiling():
+        begins = _restarts(position_ids, offset, ids)
+        return Layout(torch.where(given, ids, begins.cumsum(1)), offset, True)
+    at = None if int(offset) == length - query_length else int(offset)
+    if bool(given):
+        return Layout(None if bool((ids >= 0).all()) else ids, at, False)
+    begins = _restarts(position_ids, offset, ids)
+    is_packed = bool(begins[:, 1:].any())
+    return Layout(begins.cumsum(1) if is_packed else None, at, is_packed)
+
+
+def _nothing() -> None:
+    """Stands for a reference to no tensor."""
+
+
+_last_layout: tuple = (_nothing, _nothing, None, None)
+
+
+def layout_of(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
+    """`read_layout`, computed once per forward although every layer asks: it looks at values, which waits for a GPU."""
+    global _last_layout
+    if torch.compiler.is_compiling() or any(x is not None and x.is_inference() for x in (mask, position_ids)):
+        return read_layout(mask, position_ids, query_length)
+    stamp = (mask._version, None if position_ids is None else position_ids._version)
+    mask_ref, positions_ref, last_stamp, layout = _last_layout
+    if mask_ref() is mask and positions_ref() is position_ids and last_stamp == stamp:
+        return layout
+    layout = read_layout(mask, position_ids, query_length)
+    _last_layout = (weakref.ref(mask), _nothing if position_ids is None else weakref.ref(position_ids), stamp, layout)
+    return layout
+
+
+@cache
+def eager_attention_of(module_name: str) -> Callable:
+    """The `eager_attention_forward` of the modeling file that defines an attention class."""
+    return sys.modules[module_name].eager_attention_forward
+
+
+def run_original(original: str, module, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer that is left alone: the attention it had, with the very mask that it would have been given."""
+    if is_compact_mask(mask):
+        q_length, kv_length = query.shape[2], key.shape[2]
+        layout = layout_of(mask, kwargs.get("position_ids"), q_length)
+        ids, function = layout.document_ids, causal_mask_function
+        if layout.is_packed:
+            function = and_masks(function, lambda b, h, q, k: ids[b, q] == ids[b, k])
+        at_end = layout.query_offset is None
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[original](
+            batch_size=len(query),
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=kv_length - q_length if at_end else layout.query_offset,
+            kv_offset=0,
+            mask_function=function,
+            attention_mask=None if ids is None else ids >= 0,
+            allow_is_causal_skip=not layout.is_packed and (at_end or q_length > 1),
+            dtype=query.dtype,
+            config=module.config,
+            use_vmap=False,
+            device=query.device,
+        )
+    eager = original == "eager"
+    function = eager_attention_of(type(module).__module__) if eager else ALL_ATTENTION_FUNCTIONS[original]
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def head_slice(module: torch.nn.Module, num_heads: int) -> tuple[int, int]:
+    """First global head and number of heads in all: under tensor parallelism a module sees its own heads only."""
+    total = module.config.num_attention_heads
+    if num_heads == total:
+        return 0, total
+    for parameter in module.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None:
+            rank = mesh.get_local_rank("tp" if "tp" in (mesh.mesh_dim_names or ()) else None)
+            return rank * num_heads, total
+    raise ValueError(
+        f"this attention got {num_heads} of {total} heads and no tensor-parallel weights tell which: head offsets "
+        "would be wrong."
+    )
+
+
+def _patched_settings(module: torch.nn.Module) -> dict:
+    settings = getattr(module.config, "dilated_attention", None)
+    if settings is None:
+        raise ValueError(
+            "this model runs the attention implementation 'dilated' without settings: use "
+            "`patch_model(model, segment_lengths, dilation_rates)` or `load_patched_model(path)`."
+        )
+    return settings
+
+
+def run_dilated(module, query, key, value, mask, settings: dict, dropout, scaling, **kwargs) -> torch.Tensor:
+    """Dilated attention over plain keys: query [B, H, Q, D], key and value [B, G, N, D] -> out [B, H, Q, D]."""
+    reason = unsupported_reason(module, query, key, value, kwargs)
+    if reason:
+        raise ValueError(f"layer {module.layer_idx} is patched with dilated attention, but {reason}.")
+    query_length, length = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = dilated_mask(len(query), query_length, length, length - query_length, device=query.device)
+    if not is_compact_mask(mask) or mask.shape[-1] != length:
+        shape = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` must be a 2-D mask [B, N] in a patched model, got {shape} for {length} keys: the "
+            "schedule decides what each token sees, a mask of pairs would contradict it."
+        )
+    native = getattr(module.config, "max_position_embeddings", None)
+    if native and length > native and not settings["rope_scaling"]:
+        logger.warning_once(
+            f"{length} tokens asked of a model whose native context is {native}, without position scaling: expect poor "
+            "predictions beyond it. Patch with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
+        )
+    layout = layout_of(mask, kwargs.get("position_ids"), query_length)
+    first_head, total_heads = head_slice(module, query.shape[1])
+    return dilated_attention(
+        query,
+        key,
+        value,
+        settings["segment_lengths"],
+        settings["dilation_rates"],
+        scale=scaling,
+        head_offsets=settings["head_offsets"],
+        overlap=settings["overlap"],
+        num_sink_tokens=settings["num_sink_tokens"],
+        local=settings["local"],
+        dropout=dropout,
+        head_index_offset=first_head,
+        total_num_heads=total_heads,
+        document_ids=layout.document_ids,
+        query_offset=layout.query_offset,
+        backend=settings["backend"],
+    )
+
+
+def make_attention_function(original: str) -> Callable:
+    """The function registered for models whose attention was `original`."""
+
+    def dilated_attention_forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if _active_probe is not None:
+            reason = unsupported_reason(module, query, key, value, kwargs)
+            _active_probe.calls.append(AttentionCall(module, reason, query.shape[1], tuple(key.shape), key.itemsize))
+            return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
+        settings = _patched_settings(module)
+        if module.layer_idx not in settings["layers"]:
+            return run_original(
+                original, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        out = run_dilated(module, query, key, value, attention_mask, settings, dropout, scaling, **kwargs)
+        return out.transpose(1, 2).contiguous(), None
+
+    return dilated_attention_forward
+
+
+for _original, _name in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, make_attention_function(_original))
+    AttentionMaskInterface.register(_name, dilated_mask)

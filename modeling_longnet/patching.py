@@ -1,0 +1,348 @@
+"""Give a model that exists dilated attention: patch, undo, save, load.
+
+    model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    patch_model(model, segment_lengths=[256, 512, 1024, 2048], dilation_rates=[1, 2, 4, 8])
+    print(model.dilated_attention_report)
+
+The attention is exchanged through Transformers' own `AttentionInterface` and `AttentionMaskInterface`: no class is
+changed, and no mask of pairs is built. What a patch is stands as plain JSON in `model.config.dilated_attention`.
+
+Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, w segment length, r dilation rate.
+"""
+
+import functools
+import importlib.util
+import json
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from .dilation_schedule import DilationSchedule
+from .patch_report import PatchReport, make_report
+from .patched_attention import IMPLEMENTATIONS, ORIGINALS, AttentionCall, probing
+from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
+
+
+logger = logging.get_logger(__name__)
+
+SETTINGS_NAME = "dilated_attention.json"
+SETTINGS = (
+    "segment_lengths", "dilation_rates", "head_offsets", "overlap", "num_sink_tokens", "local", "layers", "backend",
+    "rope_scaling",
+)  # fmt: skip
+DEQUANTIZE_ADVICE = (
+    "Transformers cannot write this quantized model. Save a plain copy of it first (for GGUF: "
+    "`python conversion/dequantize_gguf.py`), load that and patch it; an adapter (PEFT) can be saved from the "
+    "quantized model as it is."
+)
+# Layers of these types keep the attention they have.
+OTHER_LAYER_TYPES = ("sliding_attention", "chunked_attention", "linear_attention", "mamba", "conv", "recurrent")
+
+
+def _unwrap(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside a PEFT model, or the model itself."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"`model` must be a Transformers model or a PEFT model around one, got {type(base).__name__}.")
+    return base
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model runs dilated attention by a patch."""
+    return _unwrap(model).config._attn_implementation in ORIGINALS
+
+
+def _refuse_model(model: PreTrainedModel) -> None:
+    """Raise a ValueError for a model that cannot be patched as a whole."""
+    name, config = type(model).__name__, model.config
+    if is_patched(model):
+        raise ValueError(f"{name} is patched already: call `unpatch_model(model)` before patching it anew.")
+    if hasattr(config, "segment_lengths"):
+        raise ValueError(f"{name} has dilated attention of its own; its configuration sets the schedule.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; only decoders can be patched.")
+    if config.get_text_config() is not config:
+        raise ValueError(f"{name} has several parts; patch its language model, for instance `model.language_model`.")
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{name} ({config.model_type}) does not run its attention through Transformers' AttentionInterface, so it "
+            "cannot be patched; it was left as it is."
+        )
+    if config._attn_implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{name} runs the attention {config._attn_implementation!r}; a patch goes over one of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}. Call `model.set_attn_implementation('sdpa')` first."
+        )
+
+
+def _probe(model: PreTrainedModel) -> list[AttentionCall]:
+    """Which modules call the registered attention in a forward of two tokens; the model's state is left as it was."""
+    embedding = model.get_input_embeddings().weight
+    # The weights of an offloaded model lie on "meta" between forwards; its hooks bring the input where it is needed.
+    offloaded = embedding.device.type == "meta" and hasattr(model, "hf_device_map")
+    input_ids = torch.zeros(1, 2, dtype=torch.long, device="cpu" if offloaded else embedding.device)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), probing() as probe:
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return probe.calls
+
+
+def _find_layers(model: PreTrainedModel, calls: list[AttentionCall]) -> dict[int, str | None]:
+    """Per layer index, why it must be left alone, or None."""
+    config = model.config
+    reasons = dict.fromkeys(range(config.num_hidden_layers), "its attention does not pass through the interface")
+    seen = set()
+    for call in calls:
+        index = getattr(call.module, "layer_idx", None)
+        if index not in reasons:
+            raise ValueError(
+                f"`layer_idx` of {type(call.module).__name__} must be below {len(reasons)}, got {index!r}."
+            )
+        reason = call.reason
+        if call.module.config is not config:
+            reason = "its configuration is not the model's"
+        if index in seen:
+            reason = "its attention runs several times a forward"
+        reasons[index] = reason
+        seen.add(index)
+    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind in OTHER_LAYER_TYPES and index in seen:
+            reasons[index] = f"its type is {kind}"
+    return reasons
+
+
+def _choose_layers(
+    model: PreTrainedModel, reasons: dict[int, str | None], layers: Sequence[int] | Callable[[int], bool] | None
+) -> list[int]:
+    """The layers to patch, sorted; a ValueError where nothing is left or something asked for cannot be done."""
+    able = [index for index, reason in reasons.items() if reason is None]
+    if not able:
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) has no layer that can be dilated: "
+            + "; ".join(sorted(set(reasons.values())))
+            + ". It was left as it is."
+        )
+    if layers is None:
+        left = [f"layer {index}: {reason}" for index, reason in reasons.items() if reason]
+        if left:
+            logger.warning(f"left alone in {type(model).__name__}: {'; '.join(left)}")
+        return able
+    count = len(reasons)
+    if callable(layers):
+        chosen = [index for index in reasons if layers(index)]
+    else:
+        wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count]
+        if wrong:
+            raise ValueError(f"`layers` must be layer indices of 0..{count - 1}, got {wrong!r}.")
+        chosen = sorted({index % count for index in layers})
+    if not chosen:
+        raise ValueError(f"`layers` chooses none of the {count} layers.")
+    refused = {index: reasons[index] for index in chosen if reasons[index]}
+    if refused:
+        raise ValueError("`layers` asks for " + "; ".join(f"layer {i}, but {r}" for i, r in refused.items()) + ".")
+    return chosen
+
+
+def patch_model(
+    model: nn.Module,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    head_offsets: str = "modulo",
+    overlap: str = "once",
+    num_sink_tokens: int = 4,
+    local: str = "segment",
+    layers: Sequence[int] | Callable[[int], bool] | None = None,
+    backend: str | None = None,
+    rope_scaling: dict | None = None,
+) -> nn.Module:
+    """Replace the causal self-attention of a model by dilated attention, in place.
+
+    With the defaults (`overlap="once"`, r_0 = 1) the model is unchanged on inputs of up to w_0 tokens. What was done
+    is described by `model.dilated_attention_report`; the settings stand in `model.config.dilated_attention`.
+
+    Args:
+        model: a decoder of Transformers, or a PEFT model around one.
+        segment_lengths: w_i in tokens, not decreasing. `dilation_rates`: r_i, as many.
+        head_offsets, overlap, num_sink_tokens, local: as in `DilationSchedule`.
+        layers: the layers to patch, as indices or as a function of the index; the others keep their attention.
+            By default every layer that can be; sliding-window, linear and similar layers are left alone and named.
+        backend: of the operator (`None`, `"eager"`, `"sdpa"`, `"flash_attention_2"`).
+        rope_scaling: Transformers' `rope_parameters` for reading beyond the native context, for instance
+            `{"rope_type": "yarn", "factor": 4.0}`; what is not given is taken from the model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a wrong setting; for a model whose attention cannot be exchanged, which is then left as it was.
+    """
+    schedule = DilationSchedule(
+        tuple(segment_lengths), tuple(dilation_rates), True, head_offsets, overlap, num_sink_tokens, "mask", local
+    )
+    base = _unwrap(model)
+    _refuse_model(base)
+    original = base.config._attn_implementation
+    base.set_attn_implementation(IMPLEMENTATIONS[original])
+    undo = []
+    try:
+        calls = _probe(base)
+        reasons = _find_layers(base, calls)
+        chosen = _choose_layers(base, reasons, layers)
+        undo += guard_learned_positions(base, schedule)
+        undo += scale_rotary_embeddings(base, schedule, rope_scaling)
+    except BaseException:
+        for step in undo:
+            step()
+        base.set_attn_implementation(original)
+        raise
+    base.config.dilated_attention = {
+        "segment_lengths": list(schedule.segment_lengths),
+        "dilation_rates": list(schedule.dilation_rates),
+        "head_offsets": head_offsets,
+        "overlap": overlap,
+        "num_sink_tokens": num_sink_tokens,
+        "local": local,
+        "layers": chosen,
+        "backend": backend,
+        "rope_scaling": rope_scaling,
+    }
+    base._undo_dilated_attention = undo
+    # Continuous batching would otherwise switch to dense flash attention with no more than a warning.
+    base._supports_flash_attn = False
+    base.save_pretrained = types.MethodType(_save_pretrained, base)
+    _record_in_adapters()
+    base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
+    logger.info(str(base.dilated_attention_report))
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Take a patch back: the model computes what it computed before, bit for bit. Returns the same model.
+
+    Raises:
+        ValueError: for a model that is not patched.
+    """
+    base = _unwrap(model)
+    if not is_patched(base):
+        raise ValueError(f"{type(base).__name__} is not patched.")
+    original = ORIGINALS[base.config._attn_implementation]
+    for step in getattr(base, "_undo_dilated_attention", ()):
+        step()
+    for name in ("_undo_dilated_attention", "_supports_flash_attn", "save_pretrained", "dilated_attention_report"):
+        base.__dict__.pop(name, None)
+    del base.config.dilated_attention
+    base.set_attn_implementation(original)
+    return model
+
+
+def report(model: nn.Module) -> PatchReport:
+    """What the patch of a model did."""
+    return _unwrap(model).dilated_attention_report
+
+
+def _write_settings(folder: str | Path, settings: dict) -> None:
+    (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
+    """`save_pretrained` of a patched model: records the patch beside an adapter too, and says what cannot be saved."""
+    adapter = getattr(self, "_hf_peft_config_loaded", False)
+    quantizer = getattr(self, "hf_quantizer", None)
+    if quantizer is not None and not adapter and not quantizer.is_serializable():
+        raise ValueError(DEQUANTIZE_ADVICE)
+    if adapter and kwargs.get("push_to_hub"):
+        raise ValueError("`save_pretrained(push_to_hub=True)` would lose the patch of an adapter: use `push_to_hub`.")
+    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    if adapter:
+        _write_settings(save_directory, self.config.dilated_attention)
+    return result
+
+
+def _record_in_adapters() -> None:
+    """Have `PeftModel.save_pretrained` write the settings beside an adapter whose base model is patched.
+
+    The adapter alone is saved, never the base model's configuration, and a PEFT model may be made before or after the
+    patch; the class's public method is the one place that every way of saving passes, Trainer's and the Hub's included.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return
+    from peft import PeftModel
+
+    original = PeftModel.save_pretrained
+    if hasattr(original, "records_dilated_attention"):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        result = original(self, save_directory, *args, **kwargs)
+        settings = getattr(getattr(self.get_base_model(), "config", None), "dilated_attention", None)
+        if settings is not None:
+            for folder in (Path(save_directory), *(Path(save_directory) / name for name in self.peft_config)):
+                if (folder / "adapter_config.json").is_file():
+                    _write_settings(folder, settings)
+        return result
+
+    save_pretrained.records_dilated_attention = True
+    PeftModel.save_pretrained = save_pretrained
+
+
+def _check_settings(settings: object, source: str) -> dict:
+    if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
+        raise ValueError(f"the settings of {source} must be a dictionary of {', '.join(SETTINGS)}, got {settings!r}.")
+    return settings
+
+
+def load_patched_model(
+    path_or_repo: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    auto_class: type = AutoModelForCausalLM,
+    is_trainable: bool = False,
+    **kwargs,
+) -> nn.Module:
+    """Load what was saved from a patched model, patched: a whole model, or a PEFT adapter with its base model.
+
+    Args:
+        path_or_repo: a folder or Hub repository.
+        base_model: for an adapter, the base model's folder or repository, where it is not the one the adapter names.
+        auto_class: the Auto class to load with.
+        is_trainable: for an adapter, whether to go on training it.
+        **kwargs: for `from_pretrained` (dtype, device_map, revision, token, ...).
+
+    Raises:
+        ValueError: if nothing there tells of a patch.
+    """
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+    find = functools.partial(cached_file, str(path_or_repo), _raise_exceptions_for_missing_entries=False, **hub)
+    adapter_config = find("adapter_config.json")
+    if adapter_config is None:
+        model = auto_class.from_pretrained(path_or_repo, **kwargs)
+        settings = getattr(model.config, "dilated_attention", None)
+        if settings is None:
+            raise ValueError(f"{path_or_repo} was not saved from a patched model: load it and call `patch_model`.")
+        return patch_model(model, **_check_settings(settings, str(path_or_repo)))
+    from peft import PeftModel
+
+    settings = find(SETTINGS_NAME)
+    if settings is None:
+        raise ValueError(f"the adapter {path_or_repo} has no {SETTINGS_NAME}: it was not saved from a patched model.")
+    settings = _check_settings(json.loads(Path(settings).read_text()), str(path_or_repo))
+    base_model = base_model or json.loads(Path(adapter_config).read_text()).get("base_model_name_or_path")
+    if not base_model:
+        raise ValueError(f"the adapter {path_or_repo} does not name its base model: pass `base_model=`.")
+    if hub.get("revision"):
+        kwargs = {name: value for name, value in kwargs.items() if name != "revision"}
+    model = patch_model(auto_class.from_pretrained(base_model, **kwargs), **settings)
+    return PeftModel.from_pretrained(model, str(path_or_repo), is_trainable=is_trainable, **hub)

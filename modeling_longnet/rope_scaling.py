@@ -1,0 +1,110 @@
+"""How far a patched model can read: scaled rotary embeddings, and the end of a learned position table."""
+
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
+
+from .dilation_schedule import DilationSchedule
+
+
+logger = logging.get_logger(__name__)
+
+LEARNED_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
+def _refuse_beyond_table(module: nn.Embedding, args: tuple) -> None:
+    if args and not torch.compiler.is_compiling() and args[0].device.type != "meta" and args[0].numel():
+        last = int(args[0].max())
+        if last >= module.num_embeddings:
+            raise ValueError(
+                f"position {last} asked of a model with a learned table of {module.num_embeddings} positions: it "
+                "cannot read further. Shorten the input, or take a model with rotary positions."
+            )
+
+
+def guard_learned_positions(model: PreTrainedModel, schedule: DilationSchedule) -> list[Callable[[], None]]:
+    """Refuse to read beyond a learned position table (GPT-2). Returns the steps that undo this.
+
+    Raises:
+        ValueError: for a schedule with segments that such a table can never fill.
+    """
+    undo = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Embedding and name.rpartition(".")[2] in LEARNED_TABLES:
+            if schedule.segment_lengths[-1] > module.num_embeddings:
+                raise ValueError(
+                    f"`segment_lengths` must not exceed the {module.num_embeddings} learned positions of "
+                    f"{type(model).__name__}, got {schedule.segment_lengths[-1]}: the model cannot read further."
+                )
+            undo.append(module.register_forward_pre_hook(_refuse_beyond_table).remove)
+    return undo
+
+
+def scaled_rope_parameters(config, rope_scaling: dict) -> dict:
+    """The model's `rope_parameters` with the given ones on top; of layers with several kinds, the full attention's."""
+    rope_scaling = dict(rope_scaling)
+    kind = rope_scaling.setdefault("rope_type", rope_scaling.pop("type", None))
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"`rope_scaling['rope_type']` must be one of {sorted(ROPE_INIT_FUNCTIONS)}, got {kind!r}.")
+    if kind != "dynamic":
+        rope_scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    parameters = copy.deepcopy(config.rope_parameters)
+    if "full_attention" in parameters:
+        parameters["full_attention"] = {**parameters["full_attention"], **rope_scaling}
+        return parameters
+    return {**parameters, **rope_scaling}
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def scale_rotary_embeddings(
+    model: PreTrainedModel, schedule: DilationSchedule, rope_scaling: dict | None
+) -> list[Callable[[], None]]:
+    """Exchange a model's rotary embeddings for scaled ones. Returns the steps that undo this.
+
+    The model's own configuration keeps its `rope_parameters`, so that a saved model loads as the vanilla one.
+
+    Raises:
+        ValueError: for a model without rotary embeddings, or parameters that Transformers does not know.
+    """
+    native = getattr(model.config, "max_position_embeddings", None)
+    if rope_scaling is None:
+        if native and schedule.segment_lengths[-1] > native and getattr(model.config, "rope_parameters", None):
+            logger.warning(
+                f"the schedule reaches {schedule.segment_lengths[-1]} tokens, the model's native context is {native}: "
+                "pass `rope_scaling` (for instance {'rope_type': 'yarn', 'factor': 4.0}) to read beyond it."
+            )
+        return []
+    if not isinstance(rope_scaling, dict):
+        raise ValueError(f"`rope_scaling` must be a dictionary of rope parameters, got {rope_scaling!r}.")
+    named = model.named_modules()
+    rotary = {name: m for name, m in named if "RotaryEmbedding" in type(m).__name__ and hasattr(m, "rope_type")}
+    if not rotary:
+        raise ValueError(f"`rope_scaling` was given, but {type(model).__name__} has no rotary embeddings to scale.")
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = scaled_rope_parameters(config, rope_scaling)
+    undo = []
+    for name, old in rotary.items():
+        buffer = next(old.buffers())
+        new = type(old)(config=config).to(buffer.device)
+        if hasattr(old, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(new, old._hf_hook)
+        _replace(model, name, new)
+        undo.append(functools.partial(_restore_rotary, model, name, old))
+    return undo
+
+
+def _restore_rotary(model: nn.Module, name: str, old: nn.Module) -> None:
+    new = model.get_submodule(name)
+    _replace(model, name, old.to(next(new.buffers()).device))
