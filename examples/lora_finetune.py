@@ -1,0 +1,377 @@
+"""Teach a pretrained causal language model to read long texts at linear cost: dilated attention, then LoRA.
+
+Takes a checkpoint (Hub id or folder) and a long text, replaces the attention by dilated attention, trains a LoRA
+adapter, and measures the perplexity by context length three times: the original (dense), patched without training,
+patched with the adapter. Ends with a table, a plot and a continuation of the text, and checks that what was saved loads
+to the same loss.
+
+    python examples/lora_finetune.py --demo
+    python examples/lora_finetune.py --model HuggingFaceTB/SmolLM2-135M --text novel.txt --output-dir runs/novel \\
+        --segment-lengths 512 2048 8192 --dilation-rates 1 4 16 --block-size 8192 --max-steps 200 --bf16
+
+Besides the options of this file, every option of Transformers' TrainingArguments works.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_longnet.patching import load_patched_model, patch_model
+from modeling_longnet.patching import report as patch_report
+from reporting import caption, new_figure, provenance, save_figure, write_json
+from smollm2 import smollm2_135m
+from texts import load_text
+
+
+DENSE, ZERO_SHOT, TUNED, DENSE_TUNED = "dense", "patched", "patched + LoRA", "dense + LoRA"
+RESULTS_FILE, PLOT_FILE = "results.json", "perplexity.png"
+LATER_OPTIONS = ("resume", "merge", "prompt_tokens", "new_tokens")  # may change when a run is resumed
+
+
+@dataclass
+class Options:
+    """What to train on what. The schedule's options are those of `patch_model`."""
+
+    model: str | None = field(default=None, metadata={"help": "Hub id or folder; default SmolLM2-135M, from pip"})
+    text: str = field(default="python-docs", metadata={"help": "a name known to texts.py, a file or a folder"})
+    dataset: str | None = field(default=None, metadata={"help": "a dataset for `datasets` to load, instead of --text"})
+    text_column: str = field(default="text", metadata={"help": "the dataset's column to read"})
+    segment_lengths: list[int] | None = field(default=None, metadata={"help": "default: from the model's own window"})
+    dilation_rates: list[int] | None = field(default=None, metadata={"help": "one per segment length"})
+    head_offsets: str = field(default="modulo", metadata={"choices": ["modulo", "contiguous"]})
+    overlap: str = field(default="once", metadata={"choices": ["once", "count"]})
+    num_sink_tokens: int = 4
+    local: str = field(default="sliding", metadata={"choices": ["segment", "sliding"]})
+    layers: list[int] | None = field(default=None, metadata={"help": "layers to patch; default all"})
+    backend: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2; default the best"})
+    rope_scaling: str | None = field(
+        default=None, metadata={"help": "JSON, for contexts beyond the model's window: "
+                                '{"rope_type": "yarn", "factor": 4.0}'}
+    )  # fmt: skip
+    dtype: str = field(default="auto", metadata={"help": "of the weights; auto: bfloat16 on a GPU that has it"})
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    train_norms_and_embeddings: bool = field(default=False, metadata={"help": "as LongLoRA found needed; larger"})
+    block_size: int = field(default=4096, metadata={"help": "tokens per training example"})
+    eval_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192])
+    eval_tokens: int = field(default=16384, metadata={"help": "held-out tokens that each length is measured on"})
+    compare_dense: bool = field(default=False, metadata={"help": "also train the dense model, same data and steps"})
+    prompt_tokens: int = 512
+    new_tokens: int = 64
+    merge: bool = field(default=False, metadata={"help": "also write a checkpoint with the adapter merged"})
+    resume: bool = field(default=False, metadata={"help": "go on with an interrupted run in --output-dir"})
+    demo: bool = field(default=False, metadata={"help": "settings for minutes on 2 CPU cores; larger with a GPU"})
+
+
+DEFAULTS = {
+    "output_dir": "runs/lora-finetune", "max_steps": 100, "per_device_train_batch_size": 1, "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "logging_steps": 0.05, "save_steps": 0.1,
+    "save_total_limit": 1, "report_to": "none",
+}  # fmt: skip
+DEMO = DEFAULTS | {
+    "output_dir": "runs/demo", "segment_lengths": [256, 1024, 4096], "dilation_rates": [1, 4, 16], "block_size": 1024,
+    "max_steps": 16, "learning_rate": 1e-3, "eval_lengths": [512, 1024, 2048, 4096], "eval_tokens": 4096,
+    "logging_steps": 4, "save_steps": 8, "new_tokens": 48,
+}  # fmt: skip
+DEMO_GPU = DEMO | {
+    "segment_lengths": [512, 2048, 8192], "block_size": 8192, "max_steps": 100, "eval_tokens": 65536,
+    "eval_lengths": [512, 1024, 2048, 4096, 8192], "logging_steps": 10, "save_steps": 50,
+}  # fmt: skip
+
+
+def parse(arguments: list[str] | None) -> tuple[Options, TrainingArguments]:
+    parser = HfArgumentParser((Options, TrainingArguments), description=__doc__.splitlines()[0])
+    parser.usage = "%(prog)s [--demo] [--model MODEL] [--text TEXT] [--output-dir FOLDER] ...   (-h: all options)"
+    given = sys.argv[1:] if arguments is None else arguments
+    demo = DEMO_GPU if torch.cuda.is_available() else DEMO
+    parser.set_defaults(**(demo if "--demo" in given else DEFAULTS))
+    options, training = parser.parse_args_into_dataclasses(arguments)
+    if (options.segment_lengths is None) != (options.dilation_rates is None):
+        parser.error("--segment-lengths and --dilation-rates belong together: give both or neither")
+    if options.eval_tokens < max(options.eval_lengths):
+        parser.error(f"--eval-tokens {options.eval_tokens} is less than the longest of --eval-lengths")
+    output = Path(training.output_dir)
+    if not options.resume and output.is_dir() and any(output.iterdir()):
+        if not options.demo:
+            parser.error(f"--output-dir {output} holds an earlier run: choose another one, or go on with --resume")
+        # A second `make demo` begins anew; only what a demo writes is removed.
+        for path in (*output.glob("checkpoint-*"), output / "adapter", output / "merged", output / "dense"):
+            shutil.rmtree(path, ignore_errors=True)
+        (output / RESULTS_FILE).unlink(missing_ok=True)
+    return options, training
+
+
+def default_schedule(window: int) -> tuple[list[int], list[int]]:
+    """Segments that reach the model's own window in steps of 4, rates alike, the shortest between 128 and 512."""
+    segment_lengths = [window]
+    while segment_lengths[0] > 512:
+        segment_lengths.insert(0, segment_lengths[0] // 4)
+    return segment_lengths, [4**i for i in range(len(segment_lengths))]
+
+
+def patch_settings(options: Options, window: int) -> dict:
+    """The arguments for `patch_model`."""
+    lengths, rates = options.segment_lengths, options.dilation_rates
+    if lengths is None:
+        lengths, rates = default_schedule(window)
+    names = ("head_offsets", "overlap", "num_sink_tokens", "local", "layers", "backend")
+    settings = {"segment_lengths": lengths, "dilation_rates": rates} | {name: getattr(options, name) for name in names}
+    if options.rope_scaling:
+        settings["rope_scaling"] = json.loads(options.rope_scaling)
+    return settings
+
+
+def load_base(options: Options, training: TrainingArguments) -> torch.nn.Module:
+    bf16 = training.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if bf16 else "float32"
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    return model.to(training.device).eval()
+
+
+def tokenize(tokenizer, options: Options) -> tuple[list[dict], torch.Tensor]:
+    """Training blocks out of the text's beginning, and the held-out tokens [eval_tokens] of its end."""
+    if options.dataset:
+        from datasets import load_dataset
+
+        text = "\n\n".join(load_dataset(options.dataset, split="train")[options.text_column])
+    else:
+        text = load_text(options.text)
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    blocks = ids[: -options.eval_tokens].split(options.block_size)[:-1] if len(ids) > options.eval_tokens else []
+    if not blocks:
+        raise ValueError(
+            f"`text` must hold more than --eval-tokens + --block-size = {options.eval_tokens + options.block_size} "
+            f"tokens, got {len(ids)}."
+        )
+    return [{"input_ids": block, "labels": block} for block in blocks], ids[-options.eval_tokens :]
+
+
+@torch.no_grad()
+def window_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Mean loss in nats over the tokens 1 to N-1 of one window [N], from the model's own logits."""
+    ids = ids.to(model.device)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    parts = zip(logits.split(1024), ids[1:].split(1024))
+    total = sum(torch.nn.functional.cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
+    return total.item() / (len(ids) - 1)
+
+
+def perplexities(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int], name: str) -> dict[str, float]:
+    """Perplexity by context length; every length reads the same tokens [N], cut into windows of its own."""
+    model.eval()
+    windows = {length: ids[: len(ids) // length * length].split(length) for length in lengths}
+    result = {}
+    with tqdm(total=sum(map(len, windows.values())), desc=f"perplexity, {name}", unit="window") as bar:
+        for length, parts in windows.items():
+            losses = []
+            for part in parts:
+                losses.append(window_loss(model, part))
+                bar.update()
+            result[str(length)] = math.exp(sum(losses) / len(losses))
+    return result
+
+
+def lora_config(model: torch.nn.Module, options: Options) -> LoraConfig:
+    """LoRA on every projection of the attention, whatever the family calls it."""
+    paths = [
+        path for path, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and "att" in ".".join(path.split(".")[-2:-1])
+    ]  # fmt: skip
+    if not paths:
+        raise ValueError(f"No attention projections were found in {type(model).__name__}.")
+    trained = None
+    if options.train_norms_and_embeddings:
+        norms = {path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+        embeddings = {p for p, module in model.named_modules() if module is model.get_input_embeddings()}
+        trained = sorted({path.rsplit(".", 1)[-1] for path in norms | embeddings})
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
+        # Two components, since GPT-2's mlp.c_proj has its name from the attention's.
+        target_modules=sorted({".".join(path.rsplit(".", 2)[-2:]) for path in paths}),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        modules_to_save=trained,
+        ensure_weight_tying=bool(trained) and bool(model.config.tie_word_embeddings),
+    )  # fmt: skip
+
+
+def train(model: torch.nn.Module, blocks: list[dict], options: Options, training: TrainingArguments) -> tuple:
+    """The model with a trained adapter, and what the training took."""
+    set_seed(training.seed)
+    model = get_peft_model(model, lora_config(model, options))
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    checkpoint = get_last_checkpoint(training.output_dir) if options.resume else None
+    trainer = Trainer(model=model, args=training, train_dataset=blocks)
+    try:
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Run the same command with --resume to go on from {training.output_dir}.")
+        raise
+    steps = trainer.state.global_step - (int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else 0)
+    trainable, total = model.get_nb_trainable_parameters()
+    facts = {
+        "steps": trainer.state.global_step,
+        "tokens_per_step": options.block_size * training.train_batch_size * training.gradient_accumulation_steps,
+        "seconds": output.metrics["train_runtime"],
+        "seconds_per_step": output.metrics["train_runtime"] / max(steps, 1),
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    return model.eval(), facts
+
+
+def check_reload(name: str, model: torch.nn.Module, ids: torch.Tensor, expected: float, tolerance: float) -> float:
+    """The loss of a reloaded model, which must be the one that was saved."""
+    loss = window_loss(model, ids)
+    if not abs(loss - expected) <= tolerance:
+        raise RuntimeError(f"The reloaded {name} has a loss of {loss:.6f}, but {expected:.6f} when it was saved.")
+    print(f"The reloaded {name} has the same loss: {loss:.6f} against {expected:.6f}.")
+    return loss
+
+
+def continuation(model: torch.nn.Module, tokenizer, ids: torch.Tensor, options: Options) -> tuple[str, str]:
+    """The prompt out of the held-out text and what the model makes of it, greedily."""
+    prompt = ids[None, : options.prompt_tokens].to(model.device)
+    output = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=options.new_tokens, do_sample=False
+    )[0]
+    return tokenizer.decode(output[: prompt.shape[1]]), tokenizer.decode(output[prompt.shape[1] :])
+
+
+def table(perplexity: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row for each context length, a column for each model."""
+    names = [name for name in (DENSE, ZERO_SHOT, TUNED, DENSE_TUNED) if name in perplexity]
+    lines = ["| context | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
+    for length in perplexity[DENSE]:
+        cells = [f"{perplexity[name][length]:.2f}" for name in names]
+        lines.append(f"| {int(length):,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    figure, (axes,) = new_figure()
+    for name, by_length in results["perplexity"].items():
+        axes.plot([int(length) for length in by_length], list(by_length.values()), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    ticks = [int(length) for length in results["perplexity"][DENSE]]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set(xlabel="context length (tokens)", ylabel="perplexity", title=results["title"], ylim=(0, None))
+    axes.legend()
+    save_figure(figure, path, results["run"])
+
+
+class Results:
+    """results.json in the output folder: what is in it is not measured again after --resume."""
+
+    def __init__(self, folder: Path, facts: dict):
+        self.path, self.data = folder / RESULTS_FILE, facts | {"perplexity": {}, "training": {}}
+        if self.path.is_file():
+            earlier = json.loads(self.path.read_text())
+            changed = [key for key in ("model", "settings", "options") if earlier[key] != facts[key]]
+            if changed:
+                raise ValueError(f"--resume wants the interrupted run's options, got other {' and '.join(changed)}.")
+            self.data = earlier
+
+    def measure(self, name: str, model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) -> None:
+        if name not in self.data["perplexity"]:
+            self.data["perplexity"][name] = perplexities(model, ids, lengths, name)
+            write_json(self.path, self.data)
+
+
+def push(folder: Path, training: TrainingArguments) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=training.hub_token)
+    repository = api.create_repo(
+        training.hub_model_id or Path(training.output_dir).name, private=training.hub_private_repo, exist_ok=True
+    )
+    api.upload_folder(folder_path=folder, repo_id=repository.repo_id)
+    print(f"Pushed {folder} to {repository}.")
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    options, training = parse(arguments)
+    # The Trainer would push its own checkpoints; what is to be shared is the finished folder.
+    push_to_hub, training.push_to_hub = training.push_to_hub, False
+    begin, output = time.time(), Path(training.output_dir)
+    options.model = options.model or str(smollm2_135m())
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    blocks, held_out = tokenize(tokenizer, options)
+    model = load_base(options, training)
+    window = getattr(model.config, "max_position_embeddings", 8192)
+    settings = patch_settings(options, window)
+    run_options = {k: v for k, v in vars(options).items() if k not in LATER_OPTIONS}
+    schedule = " ".join(f"{w}/{r}" for w, r in zip(settings["segment_lengths"], settings["dilation_rates"]))
+    results = Results(output, {
+        "title": f"{Path(options.model).name} on {options.dataset or Path(options.text).name}, {schedule}",
+        "model": options.model, "settings": settings, "options": run_options | {"max_steps": training.max_steps},
+        "run": provenance(),
+    })  # fmt: skip
+    data, lengths = results.data, options.eval_lengths
+
+    results.measure(DENSE, model, held_out, lengths)
+    if options.compare_dense and DENSE_TUNED not in data["perplexity"]:
+        dense_training = TrainingArguments(**{**training.to_dict(), "output_dir": str(output / "dense")})
+        dense, data["training"][DENSE_TUNED] = train(load_base(options, training), blocks, options, dense_training)
+        results.measure(DENSE_TUNED, dense, held_out, lengths)
+        del dense
+    model = patch_model(model, **settings)
+    print(patch_report(model))
+    results.measure(ZERO_SHOT, model, held_out, lengths)
+    model, data["training"][TUNED] = train(model, blocks, options, training)
+    results.measure(TUNED, model, held_out, lengths)
+
+    adapter, probe = output / "adapter", held_out[: min(lengths)]
+    data["loss"] = window_loss(model, probe)
+    model.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    prompt, text = continuation(model, tokenizer, held_out, options)
+    reloaded = load_patched_model(adapter, dtype=model.dtype).to(training.device).eval()
+    data["reloaded_loss"] = check_reload("adapter", reloaded, probe, data["loss"], 1e-5)
+    if options.merge:
+        del reloaded
+        merged = model.merge_and_unload()
+        merged.save_pretrained(output / "merged")
+        tokenizer.save_pretrained(output / "merged")
+        reloaded = load_patched_model(output / "merged", dtype=merged.dtype).to(training.device).eval()
+        # Merging rounds the sum of weight and adapter to the weights' precision.
+        tolerance = 1e-3 if merged.dtype == torch.float32 else 5e-2
+        data["merged_loss"] = check_reload("merged model", reloaded, probe, data["loss"], tolerance)
+    data["continuation"] = {"prompt": prompt, "text": text}
+    data["seconds"] = time.time() - begin
+    write_json(results.path, data)
+    plot(data, output / PLOT_FILE)
+    report(data, output)
+    if push_to_hub:
+        push(output / ("merged" if options.merge else "adapter"), training)
+    return data
+
+
+def report(data: dict, output: Path) -> None:
+    training = data["training"][TUNED]
+    print(f"\n{data['title']}: perplexity by context length\n\n{table(data['perplexity'])}\n")
+    print(
+        f"LoRA: {training['steps']} steps of {training['tokens_per_step']:,} tokens, "
+        f"{training['seconds_per_step']:.1f} s each, {training['trainable_parameters']:,} of "
+        f"{training['parameters']:,} parameters. In all {data['seconds'] / 60:.1f} minutes."
+    )
+    print(caption(data["run"]))
+    print(f"Plot: {output / PLOT_FILE}\nFigures: {output / RESULTS_FILE}\nAdapter: {output / 'adapter'}\n")
+    print(f"... {data['continuation']['prompt'][-300:]}\033[1m{data['continuation']['text']}\033[0m ...")
+
+
+if __name__ == "__main__":
+    main()

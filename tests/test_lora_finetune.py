@@ -1,0 +1,121 @@
+"""The main job, end to end, on a tiny random Llama: figures, files, and what was saved loads to the same loss."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import lora_finetune
+from lora_finetune import DENSE, TUNED, ZERO_SHOT
+from modeling_longnet.patching import load_patched_model
+
+
+TEXT = "".join(f"{i} times {i} is {i * i}, and {i} plus one is {i + 1}. " for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Llama with a byte tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("base")
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def arguments(base, output, *more):
+    return [
+        "--model", str(base), "--text", str(base / "text.txt"), "--output-dir", str(output), "--use-cpu",
+        "--segment-lengths", "32", "128", "--dilation-rates", "1", "4", "--block-size", "64", "--max-steps", "4",
+        "--eval-lengths", "32", "128", "--eval-tokens", "256", "--learning-rate", "0.02", "--prompt-tokens", "40",
+        "--new-tokens", "4", "--save-steps", "2", "--logging-steps", "2", "--disable-tqdm", "true", *more,
+    ]  # fmt: skip
+
+
+def test_main_measures_trains_saves_and_reloads(base, tmp_path, capsys):
+    output = tmp_path / "run"
+    data = lora_finetune.main(arguments(base, output, "--merge", "--compare-dense"))
+    for name in ("results.json", "perplexity.png", "adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (output / name).stat().st_size > 0
+    assert json.loads((output / "results.json").read_text()) == data
+    assert set(data["perplexity"][TUNED]) == {"32", "128"}
+    assert data["perplexity"][TUNED]["128"] < 0.9 * data["perplexity"][ZERO_SHOT]["128"]
+    assert data["reloaded_loss"] == data["loss"]
+    assert data["merged_loss"] == pytest.approx(data["loss"], abs=1e-4)
+    assert data["training"][TUNED]["steps"] == 4
+    assert "| 128 |" in capsys.readouterr().out
+
+    ids = lora_finetune.AutoTokenizer.from_pretrained(base)(TEXT, return_tensors="pt").input_ids[:, -256:]
+    model = load_patched_model(output / "adapter").eval()
+    with torch.no_grad():
+        losses = [model(input_ids=part, labels=part).loss.item() for part in ids.split(128, dim=1)]
+    assert data["perplexity"][TUNED]["128"] == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
+
+
+def test_dense_perplexity_is_that_of_plain_transformers(base, tmp_path):
+    data = lora_finetune.main(arguments(base, tmp_path / "run"))
+    ids = lora_finetune.AutoTokenizer.from_pretrained(base)(TEXT, return_tensors="pt").input_ids[:, -256:]
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        losses = [model(input_ids=part, labels=part).loss.item() for part in ids.split(128, dim=1)]
+    assert data["perplexity"][DENSE]["128"] == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
+
+
+def test_short_contexts_are_unchanged_by_blocks(base, tmp_path):
+    data = lora_finetune.main(arguments(base, tmp_path / "run", "--local", "segment"))
+    dense, patched = data["perplexity"][DENSE], data["perplexity"][ZERO_SHOT]
+    assert patched["32"] == pytest.approx(dense["32"], rel=1e-5)
+    assert patched["128"] != pytest.approx(dense["128"], rel=1e-5)
+
+
+def test_resume_continues_to_the_result_of_an_uninterrupted_run(base, tmp_path, monkeypatch):
+    whole = lora_finetune.main(arguments(base, tmp_path / "whole"))
+
+    class Interrupted(lora_finetune.Trainer):
+        def _maybe_log_save_evaluate(self, *args, **kwargs):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            if self.state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_finetune, "Trainer", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lora_finetune.main(arguments(base, tmp_path / "run"))
+    with pytest.raises(SystemExit):  # what is there is not overwritten
+        lora_finetune.main(arguments(base, tmp_path / "run"))
+    with pytest.raises(ValueError, match="options"):
+        lora_finetune.main(arguments(base, tmp_path / "run", "--resume", "--num-sink-tokens", "2"))
+    data = lora_finetune.main(arguments(base, tmp_path / "run", "--resume"))
+    assert data["perplexity"] == whole["perplexity"]
+
+
+def test_norms_and_embeddings_train_and_reload(base, tmp_path):
+    data = lora_finetune.main(arguments(base, tmp_path / "run", "--train-norms-and-embeddings"))
+    adapter_only = lora_finetune.main(arguments(base, tmp_path / "adapter-only"))
+    assert data["reloaded_loss"] == data["loss"]
+    more = data["training"][TUNED]["trainable_parameters"] - adapter_only["training"][TUNED]["trainable_parameters"]
+    assert more == 256 * 32 + 5 * 32  # the tied embedding once, and five norms
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--eval-tokens", "100"), "longest of --eval-lengths"),
+        (("--block-size", "100000"), "must hold more than"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(base, tmp_path, capsys, more, message):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        lora_finetune.main(arguments(base, tmp_path / "run", *more))
+    assert message in str(error.value) + capsys.readouterr().err
