@@ -3,11 +3,27 @@
 Letters: B batch, Q tokens of the queries, N tokens of the keys (cached ones first).
 """
 
+from typing import NamedTuple
+
 import torch
 from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing
 
 from .dilated_attention_reference import document_positions
+
+
+class Documents(NamedTuple):
+    """What the attention has to know about a batch.
+
+    ids: [B, N], the document of each key, negative for padding; None where each row is one document without padding.
+    order: [B, N], the keys' indices with the padding moved to the front, for rows that have padding between their
+        tokens; then `ids` are in this order. None where tokens lie side by side.
+    positions: [B, Q] or [1, Q], the place of each query in its document; 0 for padding.
+    """
+
+    ids: torch.Tensor | None
+    order: torch.Tensor | None
+    positions: torch.Tensor
 
 
 def query_extent(
@@ -48,18 +64,40 @@ def _check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length:
         )
 
 
-def _refuse_padding_between_tokens(real: torch.Tensor, restarts: torch.Tensor) -> None:
-    """`real`, `restarts` [B, N]. A row's tokens lie side by side, unless a document that restarts at 0 follows."""
-    rises = real[:, 1:] & ~real[:, :-1]
-    earlier = real.cumsum(1)[:, :-1] > 0
-    if not is_tracing(real) and (rises & earlier & ~restarts[:, 1:]).any():
+def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Which tokens begin a new document, [B, Q]: where the positions [B, Q] do not go on by one.
+
+    After padding a higher position goes on as well, be it that the positions count the padding or not.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    previous = torch.where(real, index, -1).cummax(1).values[:, :-1]  # the last token before, -1 if there is none
+    step = position_ids[:, 1:] - position_ids.gather(1, previous.clamp(min=0))
+    goes_on = torch.where(previous == index[:, :-1], step == 1, step > 0)
+    begins = torch.zeros_like(real)
+    begins[:, 1:] = (previous >= 0) & ~goes_on
+    return begins & real
+
+
+def _side_by_side_order(ids: torch.Tensor, query_length: int, query_offset: int | torch.Tensor) -> torch.Tensor | None:
+    """Order [B, N] that moves padding to the front, if there is some between the tokens of a document; `ids` [B, N]."""
+    real = ids >= 0
+    seen = ids.cummax(1).values[:, :-1]
+    split = real[:, 1:] & ~real[:, :-1] & (ids[:, 1:] == seen)
+    is_whole = query_length == ids.shape[1]
+    if is_tracing(ids):
+        # The values cannot be asked for. Reordering does no harm; with a cache the tokens must lie side by side.
+        return real.to(torch.uint8).argsort(dim=1, stable=True) if is_whole else None
+    if not split.any():
+        return None
+    if not is_whole and not (isinstance(query_offset, int) and real[:, query_offset:].all()):
         raise ValueError(
-            "`attention_mask` has padding between the tokens of a row (right padding that is then continued gives "
-            "that too). Pad on the left, or pass `position_ids` that restart at 0 where a new document begins."
+            "`attention_mask` has padding between the tokens of a row, which can only be continued token by token and "
+            "with a dynamic cache. Pad on the left instead."
         )
+    return real.to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def find_document_ids(
+def find_documents(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     *,
@@ -67,64 +105,77 @@ def find_document_ids(
     query_length: int,
     query_offset: int | torch.Tensor,
     key_length: int,
-) -> torch.Tensor | None:
-    """Ids [B, N] of the keys' documents, or None when all is one document and nothing has to be masked.
+    device: torch.device,
+) -> Documents:
+    """The documents of a batch: padding is no part of any, and each counts its positions from 0.
 
     A new document begins where `position_ids` do not go on by one. When a row's positions say that its document
     began after the first cached token, what lies before it is another document (or padding) and is hidden.
 
         attention_mask  0 0 1 1 1 1        position_ids  0 1 2 0 1 0
-        document_ids   -1-1 0 0 0 0        document_ids  0 0 0 1 1 2
+        ids            -1-1 0 0 0 0        ids           0 0 0 1 1 2
+        positions       0 0 0 1 2 3        positions     0 1 2 0 1 0
 
     Args:
-        attention_mask: [B, query_offset + Q], 1 for tokens, 0 for padding; or what this function made of one, as an
-            integer tensor [B, 1, 1, N].
+        attention_mask: [B, query_offset + Q], 1 for tokens, 0 for padding; or the ids that this function made of one,
+            as an integer tensor [B, 1, 1, N].
         position_ids: [B, Q] or [1, Q].
         query_offset: index of the first query among the keys; a 0-dim tensor for static caches.
         key_length: N. Beyond the last query there may be room that a static cache has not filled yet.
 
     Raises:
-        ValueError: for masks of another shape, and for padding in the middle of a document.
+        ValueError: for masks of another shape, and for padding between tokens that cannot be put aside.
     """
+    slots = query_offset + torch.arange(query_length, device=device)
     length = query_offset + query_length if isinstance(query_offset, int) else query_length
     if attention_mask is not None:
         _check_attention_mask(attention_mask, batch_size, length, key_length)
         if attention_mask.dim() == 4:
-            return attention_mask[:, 0, 0]
+            ids = attention_mask[:, 0, 0]
+            return Documents(ids, None, _positions(ids)[:, slots])
     elif position_ids is None:
-        return None
-    device = (attention_mask if position_ids is None else position_ids).device
+        return Documents(None, None, slots[None])
+
     shape = (batch_size, key_length)
-    begins, restarts = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
-    first = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # index at which the queries' documents begin
-    if position_ids is not None:
-        position_ids = position_ids.expand(batch_size, -1)
-        slots = query_offset + torch.arange(query_length, device=device)
-        jumps = position_ids.diff(dim=1) != 1
-        if not isinstance(query_offset, int) or query_offset > 0:
-            first = (slots[0] - position_ids[:, :1]).clamp(min=0)
-        if attention_mask is None and not is_tracing(jumps) and not (jumps.any() or first.any()):
-            return None
-        begins = begins.index_copy(1, slots[1:], jumps)
-        restarts = restarts.index_copy(1, slots, position_ids == 0)
     real = torch.ones(shape, dtype=torch.bool, device=device)
     if attention_mask is not None:
         # What a static cache has not filled yet looks like the last token; causality hides it.
-        unfilled = key_length - attention_mask.shape[1]
-        real = torch.cat([attention_mask, attention_mask[:, -1:].expand(-1, unfilled)], dim=1).bool()
-        _refuse_padding_between_tokens(real, restarts)
-    real = real & (torch.arange(key_length, device=device) >= first)
-    document_ids = torch.where(real, begins.cumsum(1), -1)
-    if not is_tracing(document_ids) and not document_ids.any():
-        return None
-    return document_ids
+        unfilled = attention_mask[:, -1:].expand(-1, key_length - attention_mask.shape[1])
+        real = torch.cat([attention_mask, unfilled], dim=1).to(device).bool()
+    begins = torch.zeros(shape, dtype=torch.bool, device=device)
+    first = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # index at which the queries' documents begin
+    if position_ids is not None:
+        position_ids = position_ids.expand(batch_size, -1)
+        begins_of_queries = _document_begins(position_ids, real[:, slots])
+        if not isinstance(query_offset, int) or query_offset > 0:
+            first = (slots[0] - position_ids[:, :1]).clamp(min=0)
+        if attention_mask is None and not is_tracing(first) and not (begins_of_queries.any() or first.any()):
+            return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
+        begins = begins.index_copy(1, slots, begins_of_queries)
+    ids = torch.where(real, begins.cumsum(1), -1)
+    order = _side_by_side_order(ids, query_length, query_offset)
+    if order is not None:
+        ids = ids.gather(1, order)
+    ids = torch.where(torch.arange(key_length, device=device) >= first, ids, -1)
+    if not is_tracing(ids) and not ids.any():
+        return Documents(None, None, slots[None])
+    positions = _positions(ids)
+    if order is not None and query_length == key_length:
+        positions = restore_order(positions, order, dim=1)
+    return Documents(ids, order, positions[:, slots])
 
 
-def query_positions(
-    document_ids: torch.Tensor | None, query_offset: int | torch.Tensor, query_length: int, device: torch.device
-) -> torch.Tensor:
-    """Position of each query in its document, [B, Q] (or [1, Q] without ids); 0 for padding."""
-    slots = query_offset + torch.arange(query_length, device=device)
-    if document_ids is None:
-        return slots[None]
-    return document_positions(document_ids)[0].masked_fill(document_ids < 0, 0)[:, slots]
+def _positions(document_ids: torch.Tensor) -> torch.Tensor:
+    return document_positions(document_ids)[0].masked_fill(document_ids < 0, 0)
+
+
+def reorder(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    """x [B, ...] with the tokens along `dim` in `order` [B, N]."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = order.shape
+    return x.gather(dim, order.view(shape).expand(*(order.shape[1] if i == dim else n for i, n in enumerate(x.shape))))
+
+
+def restore_order(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    """The inverse of `reorder`."""
+    return reorder(x, order.argsort(dim=1), dim)

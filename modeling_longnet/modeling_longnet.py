@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
-from .document_ids import find_document_ids, query_extent, query_positions
+from .document_ids import find_documents, query_extent, reorder, restore_order
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposEmbedding, apply_rotary_pos_emb, apply_xpos
 
 
@@ -172,6 +172,7 @@ class LongNetAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, ...] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        token_order: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -189,6 +190,10 @@ class LongNetAttention(nn.Module):
                 )
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        is_whole = query_states.shape[2] == key_states.shape[2]
+        if token_order is not None:
+            key_states, value_states = (reorder(x, token_order, dim=2) for x in (key_states, value_states))
+            query_states = reorder(query_states, token_order, dim=2) if is_whole else query_states
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -203,6 +208,11 @@ class LongNetAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        if token_order is not None:
+            attn_output = restore_order(attn_output, token_order, dim=1) if is_whole else attn_output
+            if attn_weights is not None:
+                attn_weights = restore_order(attn_weights, token_order, dim=3)
+                attn_weights = restore_order(attn_weights, token_order, dim=2) if is_whole else attn_weights
         attn_output = self.inner_attn_ln(attn_output.reshape(*input_shape, -1))
         return self.o_proj(attn_output), attn_weights
 
@@ -396,23 +406,24 @@ class LongNetModel(LongNetPreTrainedModel):
 
         query_length, device = inputs_embeds.shape[1], inputs_embeds.device
         query_offset, key_length = query_extent(past_key_values, query_length, device, self.config.is_causal)
-        document_ids = find_document_ids(
+        documents = find_documents(
             attention_mask,
             position_ids,
             batch_size=len(inputs_embeds),
             query_length=query_length,
             query_offset=query_offset,
             key_length=key_length,
+            device=device,
         )
-        document_positions = query_positions(document_ids, query_offset, query_length, device)
         if position_ids is None:
-            position_ids = document_positions
-        hidden_states, position_embeddings = self.embed(inputs_embeds, position_ids, document_positions)
+            position_ids = documents.positions
+        hidden_states, position_embeddings = self.embed(inputs_embeds, position_ids, documents.positions)
 
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=document_ids,
+                attention_mask=documents.ids,
+                token_order=documents.order,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -456,17 +467,20 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> torch.Tensor | None:
         """The document ids of the keys as an integer tensor [B, 1, 1, N], which `forward` takes as `attention_mask`."""
-        query_length = inputs_embeds.shape[1]
-        query_offset, key_length = query_extent(past_key_values, query_length, inputs_embeds.device)
-        document_ids = find_document_ids(
+        query_length, device = inputs_embeds.shape[1], inputs_embeds.device
+        query_offset, key_length = query_extent(past_key_values, query_length, device)
+        documents = find_documents(
             attention_mask,
             position_ids,
             batch_size=len(inputs_embeds),
             query_length=query_length,
             query_offset=query_offset,
             key_length=key_length,
+            device=device,
         )
-        return None if document_ids is None else document_ids[:, None, None]
+        if documents.ids is None or documents.order is not None:
+            return attention_mask
+        return documents.ids[:, None, None]
 
     @can_return_tuple
     @auto_docstring
