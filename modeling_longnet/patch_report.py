@@ -49,10 +49,9 @@ class PatchReport:
             f"{s.num_sink_tokens} sink tokens, head offsets {s.head_offsets}, local {s.local}",
             f"  reach           {self.reach} tokens (native context {self.native_context}, rope scaling "
             f"{self.rope_scaling['rope_type'] if self.rope_scaling else 'none'})",
-            f"  at {self.reach} tokens",
             f"  keys per query  {self.dense_keys_per_query:.0f} -> {self.keys_per_query:.0f} (mean)",
             f"  KV bytes/token  {self.kv_bytes_per_token} -> {self.kv_bytes_per_token} with a plain cache, "
-            f"{self.bounded_kv_bytes_per_token:.0f} with a bounded one",
+            f"{self.bounded_kv_bytes_per_token:.0f} with a bounded one over {self.reach}",
         ]
         return "\n".join(lines)
 

@@ -1,0 +1,443 @@
+"""The patcher on a tiny Llama: what holds for one family; `test_patching_families.py` repeats the main laws for all."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from modeling_longnet import patched_attention
+from modeling_longnet.dilated_attention_reference import attention_counts
+from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.patching import is_patched, load_patched_model, patch_model, report, unpatch_model
+
+
+SCHEDULE = ([8, 32], [1, 4])
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "bos_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(values | changes))).eval()
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def patched():
+    return patch_model(tiny_llama(), *SCHEDULE)
+
+
+@pytest.fixture
+def input_ids():
+    return torch.randint(1, 97, (2, 45))
+
+
+@torch.no_grad()
+def logits(model, input_ids, **kwargs):
+    return model(input_ids=input_ids, **kwargs).logits
+
+
+def record_calls(monkeypatch) -> list[tuple[int, torch.Tensor]]:
+    """Layer and mask of each dilated attention that runs from now on."""
+    calls, original = [], patched_attention.run_dilated
+
+    def recording(module, query, key, value, mask, *args, **kwargs):
+        calls.append((module.layer_idx, mask))
+        return original(module, query, key, value, mask, *args, **kwargs)
+
+    monkeypatch.setattr(patched_attention, "run_dilated", recording)
+    return calls
+
+
+# The patch and its undoing
+
+
+def test_patched_equals_original_on_short_input(model, input_ids):
+    expected = logits(model, input_ids)
+    actual = logits(patch_model(model, *SCHEDULE), input_ids)
+    torch.testing.assert_close(actual[:, :8], expected[:, :8], **TOLERANCE)
+    assert (actual[:, 8:] - expected[:, 8:]).abs().max() > 0.01
+
+
+def test_unpatching_restores_every_bit(model, input_ids):
+    expected, config = logits(model, input_ids), model.config.to_dict()
+    patch_model(model, *SCHEDULE, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    assert is_patched(model) and not torch.equal(logits(model, input_ids), expected)
+    assert unpatch_model(model) is model and not is_patched(model)
+    assert torch.equal(logits(model, input_ids), expected)
+    assert model.config.to_dict() == config
+    assert "save_pretrained" not in vars(model) and "_supports_flash_attn" not in vars(model)
+
+
+def test_patching_changes_neither_random_state_nor_modes(model):
+    model.train()
+    model.model.layers[1].eval()
+    before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    patch_model(model, *SCHEDULE)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_copy_is_patched_independently(patched, input_ids):
+    other = copy.deepcopy(patched)
+    assert torch.equal(logits(other, input_ids), logits(patched, input_ids))
+    unpatch_model(other)
+    assert is_patched(patched) and not is_patched(other)
+    assert not torch.equal(logits(other, input_ids), logits(patched, input_ids))
+
+
+def test_report_names_what_was_done(model):
+    patch_model(model, *SCHEDULE, layers=[0, -1])
+    done = report(model)
+    assert (done.family, done.num_layers, done.layers) == ("llama", 3, (0, 2))
+    assert done.left_alone == {1: "not chosen by `layers`"}
+    assert (done.reach, done.native_context) == (32, 128)
+    # 8/1 offers (1 + ... + 8) / 8 keys, 32/4 to one query in four (1 + ... + 8) / 8, and there are 4 sinks.
+    assert done.keys_per_query == 4.5 + 4.5 / 4 + 4
+    assert done.kv_bytes_per_token == 3 * 2 * 2 * 8 * 4
+    rows = 8 + 8 * 2 + 4  # of a key/value head in a patched layer: two query heads with two of the four offsets
+    assert done.bounded_kv_bytes_per_token == (2 * rows + 32) / 32 * 2 * 2 * 8 * 4
+    assert "llama: dilated attention in 2 of 3 layers" in str(done) and "layer 1 left alone" in str(done)
+
+
+def test_tokens_see_what_the_schedule_says(model):
+    """One layer: the gradient of a token's output by the embeddings is non-zero exactly where some head attends."""
+    model = patch_model(tiny_llama(num_hidden_layers=1), *SCHEDULE, num_sink_tokens=2)
+    embeddings = torch.randn(1, 40, 32, requires_grad=True)
+    model(inputs_embeds=embeddings).logits[0, 36].sum().backward()
+    seen = embeddings.grad[0].abs().sum(-1) > 0
+    schedule = DilationSchedule(*map(tuple, SCHEDULE), overlap="once", num_sink_tokens=2)
+    counts, _ = attention_counts(schedule, 4, torch.zeros(1, 40, dtype=torch.long), 0, 40)
+    assert torch.equal(seen, counts[0, :, 36].sum(0) > 0)
+
+
+# Which layers
+
+
+@pytest.mark.parametrize("layers", [[1], lambda index: index == 1], ids=["list", "predicate"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_unpatched_layers_keep_their_attention(layers, attention, input_ids, monkeypatch):
+    """With one long segment the patched layer is dense as well, so the whole model must be the original."""
+    model = tiny_llama(attn_implementation=attention)
+    mask = torch.ones_like(input_ids)
+    mask[0, :7] = 0
+    expected, padded = logits(model, input_ids), logits(model, input_ids, attention_mask=mask)
+    patch_model(model, [64], [1], layers=layers)
+    calls = record_calls(monkeypatch)
+    torch.testing.assert_close(logits(model, input_ids), expected, **TOLERANCE)
+    assert [layer for layer, _ in calls] == [1]
+    torch.testing.assert_close(logits(model, input_ids, attention_mask=mask)[mask > 0], padded[mask > 0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_unpatched_layers_get_the_original_mask(attention, input_ids):
+    """Bit for bit: the first layers' hidden states are those of the original model, also with padding and packing."""
+    model, original = tiny_llama(attn_implementation=attention), tiny_llama(attn_implementation=attention)
+    patch_model(model, *SCHEDULE, layers=[2])
+    mask = torch.ones_like(input_ids)
+    mask[0, :7] = 0
+    positions = torch.cat([torch.arange(20), torch.arange(25)]).expand(2, -1)
+    for kwargs in ({}, {"attention_mask": mask}, {"position_ids": positions}):
+        both = [m(input_ids=input_ids, output_hidden_states=True, use_cache=False, **kwargs) for m in (model, original)]
+        assert torch.equal(both[0].hidden_states[2], both[1].hidden_states[2]), kwargs.keys()
+        assert not torch.equal(both[0].logits, both[1].logits)
+
+
+def test_unpatched_layers_read_a_static_cache(input_ids):
+    model = patch_model(tiny_llama(), *SCHEDULE, layers=[1])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(input_ids, **options)
+    assert torch.equal(model.generate(input_ids, cache_implementation="static", **options), expected)
+
+
+# Padding and packing
+
+
+def left_pad(input_ids, lengths):
+    mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+    return mask
+
+
+def test_left_padding_invariance(patched, input_ids):
+    mask = left_pad(input_ids, [45, 30])
+    batch = logits(patched, input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    torch.testing.assert_close(batch[0], logits(patched, input_ids[:1])[0], **TOLERANCE)
+    torch.testing.assert_close(batch[1, -30:], logits(patched, input_ids[1:, -30:])[0], **TOLERANCE)
+
+
+def test_right_padding_invariance(patched, input_ids):
+    mask = left_pad(input_ids, [45, 30]).flip(1)
+    batch = logits(patched, input_ids, attention_mask=mask)
+    torch.testing.assert_close(batch[0], logits(patched, input_ids[:1])[0], **TOLERANCE)
+    torch.testing.assert_close(batch[1, :30], logits(patched, input_ids[1:, :30])[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_equal_single_rows(patched, input_ids, use_cache):
+    lengths = [13, 1, 31]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = logits(patched, input_ids[:1], position_ids=positions, use_cache=use_cache)
+    for part, ids in zip(packed[0].split(lengths), input_ids[:1].split(lengths, dim=1)):
+        torch.testing.assert_close(part, logits(patched, ids)[0], **TOLERANCE)
+
+
+def test_packed_documents_continue_over_chunks(patched, input_ids):
+    lengths = [13, 32]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    whole = logits(patched, input_ids[:1], position_ids=positions)
+    cache, chunks = DynamicCache(config=patched.config), []
+    for ids, places in zip(input_ids[:1].split(10, dim=1), positions.split(10, dim=1)):
+        chunks.append(logits(patched, ids, position_ids=places, past_key_values=cache))
+    torch.testing.assert_close(torch.cat(chunks, dim=1), whole, **TOLERANCE)
+
+
+def test_holes_in_the_mask_are_refused(patched, input_ids):
+    mask = torch.ones_like(input_ids)
+    mask[1, 4:6] = 0
+    with pytest.raises(ValueError, match="padding between real tokens"):
+        patched(input_ids=input_ids, attention_mask=mask)
+
+
+def test_masks_of_pairs_are_refused(patched, input_ids):
+    mask = torch.ones(2, 1, 45, 45, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="2-D mask"):
+        patched(input_ids=input_ids, attention_mask=mask)
+
+
+# Caches
+
+
+def test_cached_decode_equals_full_forward(patched, input_ids):
+    whole, cache = logits(patched, input_ids), DynamicCache(config=patched.config)
+    steps = [logits(patched, input_ids[:, :20], past_key_values=cache)]
+    steps += [logits(patched, input_ids[:, i : i + 1], past_key_values=cache) for i in range(20, 45)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, **TOLERANCE)
+
+
+def test_static_cache_equals_full_forward(patched, input_ids):
+    cache = StaticCache(config=patched.config, max_cache_len=64)
+    steps = [logits(patched, ids, past_key_values=cache) for ids in input_ids.split([20, 10, 1, 1, 13], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), logits(patched, input_ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=lambda options: "-".join(options) or "dynamic",
+)
+def test_left_padded_generation_equals_single_rows(patched, input_ids, options):
+    lengths = [45, 30]
+    if "prompt_lookup_num_tokens" in options:
+        input_ids, lengths = input_ids[1:], [30]
+    options = {"max_new_tokens": 10, "do_sample": False, **options}
+    mask = left_pad(input_ids, lengths)
+    batch = patched.generate(input_ids, attention_mask=mask, **options)[:, 45:]
+    for row, length in enumerate(lengths):
+        single = {**options, "prefill_chunk_size": None, "cache_implementation": None, "use_cache": True}
+        single.pop("prompt_lookup_num_tokens", None)
+        alone = patched.generate(input_ids[row : row + 1, -length:], **single)[:, length:]
+        assert torch.equal(batch[row : row + 1], alone)
+
+
+def test_no_mask_of_pairs_is_built(patched, monkeypatch):
+    calls = record_calls(monkeypatch)
+    logits(patched, torch.ones(1, 100, dtype=torch.long))
+    assert [tuple(mask.shape) for _, mask in calls] == [(1, 1, 3, 100)] * 3
+
+
+def test_compiled_equals_eager(patched, input_ids):
+    torch._dynamo.reset()
+    compiled = torch.compile(patched, backend="eager")
+    torch.testing.assert_close(logits(compiled, input_ids), logits(patched, input_ids), **TOLERANCE)
+    mask = left_pad(input_ids, [45, 30])
+    both = [logits(m, input_ids, attention_mask=mask) for m in (compiled, patched)]
+    torch.testing.assert_close(both[0][mask > 0], both[1][mask > 0], **TOLERANCE)
+
+
+# Saving
+
+
+def test_saved_patched_loads_patched_and_plain_loads_vanilla(patched, input_ids, tmp_path):
+    expected = logits(patched, input_ids)
+    patched.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dilated_attention"]["segment_lengths"] == [8, 32]
+    assert torch.equal(logits(load_patched_model(tmp_path), input_ids), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not is_patched(plain)
+    assert torch.equal(logits(plain, input_ids), logits(unpatch_model(patched), input_ids))
+
+
+def test_rope_scaling_is_kept_by_the_patch_and_not_by_the_vanilla_model(model, input_ids, tmp_path):
+    expected = logits(model, input_ids)
+    patch_model(model, *SCHEDULE, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    scaled = logits(model, input_ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_patched_model(tmp_path), input_ids), scaled)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), input_ids), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_rope_scaling_equals_a_model_configured_with_it(kind, input_ids):
+    scaling = {"rope_type": kind, "factor": 4.0}
+    positions = torch.arange(200, 245).expand(2, -1)  # beyond the native 128, where "dynamic" begins to act
+    parameters = {"rope_theta": 10000.0, "original_max_position_embeddings": 128, **scaling}
+    configured = tiny_llama(rope_parameters=parameters)
+    both = [
+        logits(m, input_ids, position_ids=positions)
+        for m in (patch_model(tiny_llama(), [64], [1], rope_scaling=scaling), configured)
+    ]
+    torch.testing.assert_close(*both, **TOLERANCE)
+
+
+def test_loading_a_vanilla_folder_as_patched_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was not saved from a patched model"):
+        load_patched_model(tmp_path)
+
+
+def test_quantized_models_say_how_to_save_them(patched, tmp_path):
+    class Quantizer:
+        def is_serializable(self):
+            return False
+
+    patched.hf_quantizer = Quantizer()
+    with pytest.raises(ValueError, match="dequantize_gguf"):
+        patched.save_pretrained(tmp_path)
+
+
+# Refusals and warnings
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"segment_lengths": [8, 4]}, "`segment_lengths` must not decrease"),
+        ({"dilation_rates": [1]}, "same number of entries"),
+        ({"overlap": "twice"}, "`overlap` must be one of"),
+        ({"layers": [5]}, "`layers` must be layer indices of 0..2, got \\[5\\]"),
+        ({"layers": []}, "chooses none"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "`rope_scaling\\['rope_type'\\]` must be one of"),
+        ({"rope_scaling": "yarn"}, "must be a dictionary"),
+    ],
+)
+def test_wrong_settings_leave_the_model_as_it_was(model, input_ids, settings, message):
+    expected = logits(model, input_ids)
+    with pytest.raises(ValueError, match=message):
+        patch_model(model, **{"segment_lengths": [8, 32], "dilation_rates": [1, 4], **settings})
+    assert not is_patched(model) and torch.equal(logits(model, input_ids), expected)
+
+
+def test_patching_twice_and_unpatching_twice_are_refused(patched):
+    with pytest.raises(ValueError, match="patched already"):
+        patch_model(patched, *SCHEDULE)
+    unpatch_model(patched)
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch_model(patched)
+
+
+def test_something_else_than_a_model_is_refused():
+    with pytest.raises(ValueError, match="must be a Transformers model"):
+        patch_model(torch.nn.Linear(2, 2), *SCHEDULE)
+
+
+def test_the_implementation_without_settings_is_refused(input_ids):
+    model = tiny_llama(attn_implementation="dilated")
+    with pytest.raises(ValueError, match="without settings"):
+        model(input_ids=input_ids)
+
+
+def test_continuous_batching_cannot_switch_to_dense_attention(patched):
+    assert patched._supports_flash_attn is False
+    with pytest.raises(ValueError):
+        patched.generate_batch([[1, 2, 3]])
+
+
+@pytest.fixture
+def warnings_logged():
+    """Transformers' loggers do not propagate, so `caplog` does not see them."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("modeling_longnet")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def test_reading_beyond_the_native_context_warns(model, warnings_logged):
+    patch_model(model, [64, 256], [1, 4])
+    assert any("reaches 256 tokens" in text and "rope_scaling" in text for text in warnings_logged)
+    logits(model, torch.ones(1, 140, dtype=torch.long))
+    assert any("140 tokens asked" in text for text in warnings_logged)
+
+
+# Training
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_gradients_equal_plain_ones(input_ids, use_reentrant):
+    mask = left_pad(input_ids, [45, 30])
+    gradients = []
+    for checkpointing in (False, True):
+        model = patch_model(tiny_llama(), *SCHEDULE).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(input_ids=input_ids, attention_mask=mask, labels=input_ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(checkpointed, plain, **TOLERANCE)
+
+
+def test_attention_dropout_acts_in_training_only(input_ids):
+    model = patch_model(tiny_llama(attention_dropout=0.5), *SCHEDULE)
+    assert torch.equal(logits(model, input_ids), logits(patch_model(tiny_llama(), *SCHEDULE), input_ids))
+    model.train()
+    assert not torch.equal(logits(model, input_ids), logits(model, input_ids))
+
+
+def test_bfloat16_is_close_to_float32(patched, input_ids):
+    expected = logits(patched, input_ids)
+    actual = logits(patched.to(torch.bfloat16), input_ids)
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_device_map_hooks_carry_the_mask(input_ids, tmp_path):
+    """Layers offloaded to disk: hooks load them for each call and move what they are given."""
+    patch_model(tiny_llama(), *SCHEDULE).save_pretrained(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+    offloaded = load_patched_model(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    plain, mask = load_patched_model(tmp_path / "model"), left_pad(input_ids, [45, 30])
+    both = [logits(m, input_ids, attention_mask=mask) for m in (offloaded, plain)]
+    torch.testing.assert_close(both[0][mask > 0], both[1][mask > 0], **TOLERANCE)
