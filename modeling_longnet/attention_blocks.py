@@ -12,6 +12,10 @@ from .attention_kernels import Kernel
 from .dilation_plan import Block, Rows
 
 
+# Elements of the queries in one kernel call on a CPU: enough for all cores, little beside the inputs of a long text.
+CPU_CALL_SIZE = 2**20
+
+
 def strided_rows(x: torch.Tensor, heads: slice, rows: Rows, repeats: int, stride: int) -> torch.Tensor:
     """[B, H, N, ...] as the view [B, heads, repeats, rows, ...]: no copy."""
     x = x[:, heads]
@@ -41,17 +45,27 @@ class DenseKeys:
         """The block's keys and values, [B, heads, repeats, rows, D]."""
         return self._rows(self.key, block), self._rows(self.value, block)
 
-    def add_grad(self, block: Block, key_grad: torch.Tensor, value_grad: torch.Tensor) -> None:
-        self._rows(self.key_grad, block).add_(key_grad)
-        self._rows(self.value_grad, block).add_(value_grad)
+    def open_grad(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tensors shaped like those of `get`, to which the block's gradients are added."""
+        return self._rows(self.key_grad, block), self._rows(self.value_grad, block)
+
+    def close_grad(self, block: Block, key_grad: torch.Tensor, value_grad: torch.Tensor) -> None:
+        """Takes them back; here they are views, and nothing is left to do."""
 
 
 def _four_dimensional(*views: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Kernels take two batch dimensions, views have three: slices along the shortest one."""
+    """Kernels take two batch dimensions, views have three: slices along the shortest one.
+
+    On a CPU, large slices are halved until the copies that a kernel makes of them no longer count.
+    """
     sizes = views[0].shape[:3]
     shortest = min(range(3), key=lambda dim: (sizes[dim], dim))
     for index in range(sizes[shortest]):
-        yield tuple(x.select(shortest, index) for x in views)
+        slices = tuple(x.select(shortest, index) for x in views)
+        longest = max(range(2), key=lambda dim: slices[0].shape[dim])
+        pieces = -(-slices[0].numel() // CPU_CALL_SIZE) if slices[0].device.type == "cpu" else 1
+        size = max(1, slices[0].shape[longest] // pieces)
+        yield from zip(*(x.split(size, dim=longest) for x in slices))
 
 
 def _flip(reverse: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -88,15 +102,15 @@ def attend_blocks(
 ) -> None:
     """Merges the blocks' attention into `out` [B, H, Q, D] and `lse` [B, H, Q], whose first position is `start`."""
     for block in blocks:
-        q, o, l = (block_queries(x, block, start) for x in (query, out, lse))
+        q, o, s = (block_queries(x, block, start) for x in (query, out, lse))
         kind = block.region.kind
         if kind == "zeros":
-            _merge(o, l, None, _zeros_lse(block, l), False)
+            _merge(o, s, None, _zeros_lse(block, s), False)
             continue
         reverse = kind == "reversed"
-        for q4, k4, v4, o4, l4 in _four_dimensional(q, *keys.get(block), o, l):
+        for q4, k4, v4, o4, s4 in _four_dimensional(q, *keys.get(block), o, s):
             result = kernel.forward(*_flip(reverse, q4, k4, v4), kind != "full", scale)
-            _merge(o4, l4, *_flip(reverse, *result), block.fresh)
+            _merge(o4, s4, *_flip(reverse, *result), block.fresh)
 
 
 def attend_blocks_backward(
@@ -117,16 +131,15 @@ def attend_blocks_backward(
         if kind == "zeros":
             continue
         reverse = kind == "reversed"
-        key, value = keys.get(block)
-        key_grad, value_grad = torch.empty_like(key), torch.empty_like(value)
+        key_grads = keys.open_grad(block)
         views = [block_queries(x, block, start) for x in (grad, query, out, lse, query_grad)]
-        for g, q, o, l, dq, k, v, dk, dv in _four_dimensional(*views, key, value, key_grad, value_grad):
-            g, q, o, l, k, v = _flip(reverse, g, q, o, l, k, v)
-            grads = _flip(reverse, *kernel.backward(g, q, k, v, o, l, kind != "full", scale))
+        for g, q, o, s, dq, k, v, dk, dv in _four_dimensional(*views, *keys.get(block), *key_grads):
+            g, q, o, s, k, v = _flip(reverse, g, q, o, s, k, v)
+            grads = _flip(reverse, *kernel.backward(g, q, k, v, o, s, kind != "full", scale))
             dq.add_(grads[0])
-            dk.copy_(grads[1])
-            dv.copy_(grads[2])
-        keys.add_grad(block, key_grad, value_grad)
+            dk.add_(grads[1])
+            dv.add_(grads[2])
+        keys.close_grad(block, *key_grads)
 
 
 def block_positions(rows: Rows, block: Block, device: torch.device) -> torch.Tensor:

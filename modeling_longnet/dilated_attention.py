@@ -334,7 +334,8 @@ class DilatedAttention(nn.Module):
         if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(f"`hidden_size` must be a multiple of `num_heads`, got {hidden_size} and {num_heads}.")
         if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(f"`num_heads` must be a multiple of `num_key_value_heads`, got {num_heads} and {kv_heads}.")
+            given = f"{num_heads} and {kv_heads}"
+            raise ValueError(f"`num_heads` must be a multiple of `num_key_value_heads`, got {given}.")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
         self.schedule = DilationSchedule(tuple(segment_lengths), tuple(dilation_rates), is_causal, **options)

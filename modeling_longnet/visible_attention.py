@@ -43,13 +43,16 @@ class VisibleKeys:
         place = self.locate(block)
         return self._rows(self.key, block, place), self._rows(self.value, block, place)
 
-    def add_grad(self, block: Block, key_grad: torch.Tensor, value_grad: torch.Tensor) -> None:
+    def open_grad(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         place = self.locate(block)
-        for total, grad in ((self.key_grad, key_grad), (self.value_grad, value_grad)):
-            if isinstance(place, Rows):
-                self._rows(total, block, place).add_(grad)
-            else:
-                total[:, block.kv_heads].index_add_(2, place, grad.flatten(2, 3).to(total.dtype))
+        views = self._rows(self.key_grad, block, place), self._rows(self.value_grad, block, place)
+        return views if isinstance(place, Rows) else tuple(torch.zeros_like(x) for x in views)
+
+    def close_grad(self, block: Block, key_grad: torch.Tensor, value_grad: torch.Tensor) -> None:
+        place = self.locate(block)
+        if not isinstance(place, Rows):
+            for total, grad in ((self.key_grad, key_grad), (self.value_grad, value_grad)):
+                total[:, block.kv_heads].index_add_(2, place, grad.flatten(2, 3))
 
 
 class _AttendVisible(torch.autograd.Function):
