@@ -78,7 +78,7 @@ class Options:
 DEFAULTS = {
     "output_dir": "runs/lora-finetune", "max_steps": 100, "per_device_train_batch_size": 1, "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "logging_steps": 0.05, "save_steps": 0.1,
-    "save_total_limit": 1, "report_to": "none",
+    "save_total_limit": 1, "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available(),
 }  # fmt: skip
 DEMO = DEFAULTS | {
     "output_dir": "runs/demo", "segment_lengths": [256, 1024, 4096], "dilation_rates": [1, 4, 16], "block_size": 1024,
