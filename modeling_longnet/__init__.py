@@ -15,6 +15,7 @@ from transformers import (
 
 from ._version import __version__
 from .configuration_longnet import LongNetConfig
+from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
 from .dilation_schedule import DilationSchedule
@@ -27,6 +28,7 @@ from .modeling_longnet import (
     LongNetModel,
     LongNetPreTrainedModel,
 )
+from .modeling_longnet_slide_encoder import LongNetSlideEncoderModel
 
 
 _AUTO_CLASSES = {
@@ -36,12 +38,14 @@ _AUTO_CLASSES = {
     LongNetForQuestionAnswering: AutoModelForQuestionAnswering,
     LongNetForSequenceClassification: AutoModelForSequenceClassification,
     LongNetForTokenClassification: AutoModelForTokenClassification,
+    LongNetSlideEncoderModel: AutoModel,
 }
 
-AutoConfig.register(LongNetConfig.model_type, LongNetConfig, exist_ok=True)
-LongNetConfig.register_for_auto_class()  # this and its like below: save_pretrained copies the code next to the weights
+for _config_class in (LongNetConfig, LongNetSlideEncoderConfig):
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    _config_class.register_for_auto_class()  # this and its like below: save_pretrained copies the code as well
 for _model_class, _auto_class in _AUTO_CLASSES.items():
-    _auto_class.register(LongNetConfig, _model_class, exist_ok=True)
+    _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
     _model_class.register_for_auto_class(_auto_class.__name__)
 
 __all__ = [
@@ -54,6 +58,8 @@ __all__ = [
     "LongNetForTokenClassification",
     "LongNetModel",
     "LongNetPreTrainedModel",
+    "LongNetSlideEncoderConfig",
+    "LongNetSlideEncoderModel",
     "__version__",
     "dilated_attention",
     "dilated_attention_reference",

@@ -1,0 +1,275 @@
+# Copyright 2026 The longnet-transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch LongNet slide encoder: a bidirectional LongNet over the tiles of a whole-slide image.
+
+Letters: B slides in the batch, N tiles of the longest slide, C hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
+from .document_ids import reorder, restore_order
+from .modeling_longnet import LongNetAttention, LongNetDecoderLayer, LongNetPreTrainedModel
+
+
+@auto_docstring(custom_intro="What a slide encoder returns.")
+@dataclass
+class LongNetSlideEncoderOutput(BaseModelOutputWithPooling):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_tiles + 1, hidden_size)`):
+        Class token and tiles after the last layer and the encoder's final LayerNorm. What stands in the rows of tiles
+        that `attention_mask` hides has no meaning.
+    pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
+        Embedding of the slide: `last_hidden_state`, pooled as `config.pooling` says, after the pooler's LayerNorm.
+    hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
+        The embeddings and the output of each layer, without the encoder's final LayerNorm, each of shape
+        `(batch_size, num_tiles + 1, hidden_size)`.
+    layer_embeddings (`tuple(torch.FloatTensor)` of length `num_hidden_layers + 1`):
+        Embedding of the slide from the embeddings (first) and from each layer: `hidden_states`, pooled, after the
+        pooler's LayerNorm, each of shape `(batch_size, hidden_size)`. They skip the encoder's final LayerNorm, so that
+        the last one is not `pooler_output`. The original returns these for `all_layer_embed=True`.
+    """
+
+    layer_embeddings: tuple[torch.FloatTensor, ...] | None = None
+
+
+class LongNetSlidePositionEmbedding(nn.Module):
+    """Sines and cosines of the tile's column (first half of the features) and row (second half).
+
+    The original keeps the whole grid, 3 GB for 1000 x 1000 tiles. Its two halves are rows of one and the same table.
+
+    Source: gigapath/pos_embed.py and gigapath/slide_encoder.py, in which coords[..., 0] is the row.
+    """
+
+    def __init__(self, config: LongNetSlideEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.tile_size = config.tile_size
+        self.slide_ngrids = config.slide_ngrids
+        self.table = nn.Buffer(self.compute_table(config), persistent=False)
+
+    @staticmethod
+    def compute_table(config: LongNetSlideEncoderConfig) -> torch.Tensor:
+        """[slide_ngrids, C / 2] in float32, from angles in float64."""
+        width = config.hidden_size // 4
+        frequencies = 10000.0 ** (-torch.arange(width, dtype=torch.float64) / width)
+        angles = torch.arange(config.slide_ngrids, dtype=torch.float64)[:, None] * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=1).float()
+
+    def grid_cells(self, coords: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Row and column of each tile, [B, N, 2]; (0, 0) for hidden ones."""
+        if coords.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                "`coords` must be integers, float32 or float64: half precisions cannot tell neighbouring tiles apart, "
+                f"got {coords.dtype}."
+            )
+        cells = torch.div(coords, self.tile_size, rounding_mode="floor")
+        if attention_mask is not None:
+            cells = cells.masked_fill(~attention_mask[..., None], 0)
+        inside = (cells >= 0) & (cells < self.slide_ngrids)  # false for NaN
+        if not is_tracing(coords) and not inside.all():
+            first = coords[~inside.all(dim=-1)][0].tolist()
+            raise ValueError(
+                f"`coords` must lie in a grid of `slide_ngrids={self.slide_ngrids}` tiles of `tile_size="
+                f"{self.tile_size}` each way, i.e. from 0 to below {self.slide_ngrids * self.tile_size}, got {first}."
+            )
+        return cells.long()
+
+    def forward(self, coords: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Positions [B, N, C] of tiles at `coords` [B, N, 2]."""
+        rows, columns = self.grid_cells(coords, attention_mask).unbind(-1)
+        return torch.cat((self.table[columns], self.table[rows]), dim=-1)
+
+
+class LongNetSlideEmbeddings(nn.Module):
+    """Class token and projected tiles with their positions; the class token's own position is all zeros."""
+
+    def __init__(self, config: LongNetSlideEncoderConfig):
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.projection = nn.Linear(config.in_chans, config.hidden_size)
+        self.position_embedding = LongNetSlidePositionEmbedding(config)
+
+    def forward(
+        self, tile_embeds: torch.Tensor, coords: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        tiles = self.projection(tile_embeds)
+        tiles = tiles + self.position_embedding(coords, attention_mask).to(tiles.dtype)
+        hidden_states = torch.cat((self.cls_token.to(tiles.dtype).expand(len(tiles), -1, -1), tiles), dim=1)
+        return nn.functional.dropout(hidden_states, p=self.hidden_dropout, training=self.training)
+
+
+class LongNetSlidePooler(nn.Module):
+    """One vector for a slide: class token or mean over its tiles, then a LayerNorm."""
+
+    def __init__(self, config: LongNetSlideEncoderConfig):
+        super().__init__()
+        self.pooling = config.pooling
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.pooler_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, N + 1, C] to [B, C]; `attention_mask` [B, N], true for tiles."""
+        # CODEPATH: gigapath's global_pool.
+        if self.pooling == "cls":
+            return self.norm(hidden_states[:, 0])
+        tiles = hidden_states[:, 1:]
+        if attention_mask is None:
+            return self.norm(tiles.mean(dim=1))
+        total = tiles.masked_fill(~attention_mask[..., None], 0).sum(dim=1, dtype=torch.float)
+        return self.norm((total / attention_mask.sum(dim=1, keepdim=True)).to(tiles.dtype))
+
+
+@auto_docstring
+class LongNetSlideEncoderPreTrainedModel(LongNetPreTrainedModel):
+    config: LongNetSlideEncoderConfig
+    main_input_name = "tile_embeds"
+    input_modalities = ("image",)
+    _skip_keys_device_placement = None
+    _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LongNetSlideEmbeddings):
+            init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, LongNetSlidePositionEmbedding):
+            init.copy_(module.table, module.compute_table(module.config))
+
+
+@auto_docstring(
+    custom_intro="""
+    A LongNet that reads the tile embeddings of a whole-slide image and gives an embedding of the slide.
+    """
+)
+class LongNetSlideEncoderModel(LongNetSlideEncoderPreTrainedModel):
+    def __init__(self, config: LongNetSlideEncoderConfig):
+        super().__init__(config)
+        self.embeddings = LongNetSlideEmbeddings(config)
+        self.layers = nn.ModuleList(
+            [LongNetDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = LongNetSlidePooler(config)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.projection
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.projection = value
+
+    def check_inputs(
+        self, tile_embeds: torch.Tensor, coords: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> None:
+        """Refuses shapes that do not fit together, and slides without a tile."""
+        shape = tuple(tile_embeds.shape)
+        if len(shape) != 3 or shape[1] == 0 or shape[2] != self.config.in_chans:
+            raise ValueError(
+                f"`tile_embeds` must have shape [batch, tiles, in_chans={self.config.in_chans}] and at least one tile, "
+                f"got {shape}."
+            )
+        if tuple(coords.shape) != (*shape[:2], 2):
+            raise ValueError(f"`coords` must have shape {(*shape[:2], 2)}, got {tuple(coords.shape)}.")
+        if attention_mask is None:
+            return
+        if tuple(attention_mask.shape) != shape[:2]:
+            raise ValueError(f"`attention_mask` must have shape {shape[:2]}, got {tuple(attention_mask.shape)}.")
+        if not is_tracing(attention_mask) and not attention_mask.bool().any(dim=1).all():
+            raise ValueError("`attention_mask` must leave at least one tile of each slide, got a row of zeros.")
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def encode(
+        self,
+        tile_embeds: torch.Tensor,
+        coords: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LongNetSlideEncoderOutput:
+        """`forward` for tiles that stand side by side, with padding [B, N] (false) behind them."""
+        document_ids = None
+        if attention_mask is not None:
+            document_ids = nn.functional.pad(attention_mask, (1, 0), value=True).long() - 1
+        hidden_states = self.embeddings(tile_embeds, coords, attention_mask)
+        layer_embeddings = [self.pooler(hidden_states, attention_mask)]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=document_ids, **kwargs)
+            layer_embeddings.append(self.pooler(hidden_states, attention_mask))
+        hidden_states = self.norm(hidden_states)
+        return LongNetSlideEncoderOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self.pooler(hidden_states, attention_mask),
+            layer_embeddings=tuple(layer_embeddings),
+        )
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        tile_embeds: torch.Tensor,
+        coords: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LongNetSlideEncoderOutput:
+        r"""
+        tile_embeds (`torch.Tensor` of shape `(batch_size, num_tiles, in_chans)`):
+            Embeddings of the tiles, in the order in which the attention counts them.
+        coords (`torch.Tensor` of shape `(batch_size, num_tiles, 2)`):
+            Coordinates of each tile's corner in pixels, as the tile encoder's pipeline gives them: integers, float32
+            or float64. Coordinates outside the grid are refused.
+        attention_mask (`torch.Tensor` of shape `(batch_size, num_tiles)`, *optional*):
+            1 for tiles, 0 for padding, wherever it stands. Each slide gets the embedding that it has alone.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderModel
+
+        >>> model = LongNetSlideEncoderModel(LongNetSlideEncoderConfig(num_hidden_layers=2)).eval()
+        >>> tiles, coords = torch.randn(1, 300, 1536), torch.randint(0, 256_000, (1, 300, 2))
+        >>> model(tiles, coords).pooler_output.shape
+        torch.Size([1, 768])
+        ```"""
+        self.check_inputs(tile_embeds, coords, attention_mask)
+        if attention_mask is None:
+            return self.encode(tile_embeds, coords, None, **kwargs)
+        # Segments count the tiles that there are: those side by side, padding behind, and back afterwards.
+        real = attention_mask.bool()
+        order = (~real).long().argsort(dim=1, stable=True)
+        outputs = self.encode(*(reorder(x, order, dim=1) for x in (tile_embeds, coords, real)), **kwargs)
+        order = nn.functional.pad(order + 1, (1, 0))  # the class token stays first
+        outputs.last_hidden_state = restore_order(outputs.last_hidden_state, order, dim=1)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(restore_order(x, order, dim=1) for x in outputs.hidden_states)
+        if outputs.attentions is not None:
+            outputs.attentions = tuple(
+                restore_order(restore_order(x, order, dim=2), order, dim=3) for x in outputs.attentions
+            )
+        return outputs
+
+
+__all__ = ["LongNetSlideEncoderModel", "LongNetSlideEncoderPreTrainedModel"]
