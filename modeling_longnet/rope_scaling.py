@@ -36,13 +36,15 @@ def guard_learned_positions(model: PreTrainedModel, schedule: DilationSchedule) 
     """
     undo = []
     for name, module in model.named_modules():
-        if type(module) is nn.Embedding and name.rpartition(".")[2] in LEARNED_TABLES:
-            if schedule.segment_lengths[-1] > module.num_embeddings:
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED_TABLES:
+            rows = min(module.num_embeddings, model.config.max_position_embeddings)  # OPT's table has two more
+            if schedule.segment_lengths[-1] > rows:
                 raise ValueError(
-                    f"`segment_lengths` must not exceed the {module.num_embeddings} learned positions of "
-                    f"{type(model).__name__}, got {schedule.segment_lengths[-1]}: the model cannot read further."
+                    f"`segment_lengths` must not exceed the {rows} learned positions of {type(model).__name__}, got "
+                    f"{schedule.segment_lengths[-1]}: the model cannot read further."
                 )
-            undo.append(module.register_forward_pre_hook(_refuse_beyond_table).remove)
+            if type(module) is nn.Embedding:
+                undo.append(module.register_forward_pre_hook(_refuse_beyond_table).remove)
     return undo
 
 
