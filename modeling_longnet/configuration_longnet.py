@@ -76,8 +76,8 @@ class LongNetConfig(PreTrainedConfig):
     is_causal (`bool`, *optional*, defaults to `True`):
         Whether keys after the query are hidden (decoder) or not (encoder).
     position_embedding_type (`str`, *optional*, defaults to `"xpos"`):
-        `"xpos"` (the paper), `"rope"` (set by `rope_parameters`), `"learned"` (a table of `max_position_embeddings`
-        rows) or `"none"`.
+        `"xpos"` (the paper) or `"rope"`, both rotating by the frequencies of `rope_parameters`, `"learned"` (a table
+        of `max_position_embeddings` rows) or `"none"`.
     position_embedding_offset (`int`, *optional*, defaults to 0):
         Row of the learned table that holds position 0; 2 in torchscale's checkpoints.
     xpos_scale_base (`int` or `float`, *optional*, defaults to 512):
@@ -163,10 +163,10 @@ class LongNetConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
-        rope_is_given = self.rope_parameters is not None or kwargs.get("rope_scaling") is not None
+        rope_is_given = self.rope_parameters or kwargs.get("rope_scaling")
         super().__post_init__(**kwargs)
-        if self.position_embedding_type != "rope":
-            self.rope_parameters = None
+        if self.position_embedding_type not in ("xpos", "rope"):
+            self.rope_parameters = {}
             if rope_is_given:
                 logger.warning_once(
                     "`rope_parameters` has no effect with "
@@ -232,7 +232,7 @@ class LongNetConfig(PreTrainedConfig):
             )
         if kind in ("xpos", "rope") and self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for {kind}, which rotates pairs, got {self.head_dim}.")
-        if kind == "rope" and self.rope_parameters and self.rope_parameters.get("partial_rotary_factor", 1) != 1:
+        if self.rope_parameters and self.rope_parameters.get("partial_rotary_factor", 1) != 1:
             raise ValueError(
                 "`rope_parameters` must rotate the whole head, got partial_rotary_factor="
                 f"{self.rope_parameters['partial_rotary_factor']}."
@@ -249,11 +249,6 @@ class LongNetConfig(PreTrainedConfig):
                 f"`{name}`: xPos with `xpos_scale_base={self.xpos_scale_base}` can be represented in float32 over "
                 f"{int(longest)} tokens, got {self.xpos_range}. Use an `xpos_scale_base` of at least {needed}, or "
                 "`position_embedding_type='rope'`."
-            )
-        if str(self.dtype).removeprefix("torch.") == "float16" and not self.xpos_fits_float16:
-            raise ValueError(
-                f"`dtype`: xPos over {self.xpos_range} tokens with `xpos_scale_base={self.xpos_scale_base}` cannot be "
-                "represented in float16, use bfloat16 or float32."
             )
         if not self.is_causal:
             logger.warning_once(
@@ -290,7 +285,7 @@ class LongNetConfig(PreTrainedConfig):
 
     @property
     def xpos_fits_float16(self) -> bool:
-        """Whether queries and keys stay finite in float16 after xPos."""
+        """Whether queries and keys stay finite in float16 after xPos; if not, that attention is computed in float32."""
         return self.xpos_range / 2 * _XPOS_LOG_ZETA / self.xpos_scale_base <= _XPOS_MAX_LOG_FLOAT16
 
     @classmethod

@@ -44,7 +44,7 @@ from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
 from .document_ids import find_documents, query_extent, reorder, restore_order
-from .position_embeddings import LongNetRotaryEmbedding, LongNetXposEmbedding, apply_rotary_pos_emb, apply_xpos
+from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
 
 
 logger = logging.get_logger(__name__)
@@ -107,9 +107,9 @@ def fused_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """The operator with the kernels that `backend` names; `attention_mask` are the document ids [B, N] of the keys."""
     if output_attentions:
-        raise ValueError(
-            "`output_attentions=True` wants attn_implementation='eager', which computes the N x N weights, got "
-            f"'{backend}'. Load the model with it, or call model.set_attn_implementation('eager')."
+        logger.warning_once(
+            f"`output_attentions=True` gives none with attn_implementation='{backend}', which never forms the N x N "
+            "weights: call model.set_attn_implementation('eager') first."
         )
     if dropout > 0:
         logger.warning_once(
@@ -180,14 +180,12 @@ class LongNetAttention(nn.Module):
         query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        output_dtype = value_states.dtype
+        if output_dtype == torch.float16 and not self.fits_float16:
+            query_states, key_states, value_states = query_states.float(), key_states.float(), value_states.float()
 
         if position_embeddings is not None:
             query_states, key_states = self.apply_positions(query_states, key_states, *position_embeddings)
-            if query_states.dtype == torch.float16 and not self.fits_float16:
-                raise ValueError(
-                    f"`dtype`: xPos over {self.config.xpos_range} tokens cannot be represented in float16 with "
-                    f"`xpos_scale_base={self.config.xpos_scale_base}`, use bfloat16 or float32."
-                )
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
         is_whole = query_states.shape[2] == key_states.shape[2]
@@ -213,7 +211,7 @@ class LongNetAttention(nn.Module):
             if attn_weights is not None:
                 attn_weights = restore_order(attn_weights, token_order, dim=3)
                 attn_weights = restore_order(attn_weights, token_order, dim=2) if is_whole else attn_weights
-        attn_output = self.inner_attn_ln(attn_output.reshape(*input_shape, -1))
+        attn_output = self.inner_attn_ln(attn_output.reshape(*input_shape, -1).to(output_dtype))
         return self.o_proj(attn_output), attn_weights
 
 
@@ -292,13 +290,14 @@ class LongNetPreTrainedModel(PreTrainedModel):
     }
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
         names = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-        if requested_attention is not None and requested_attention not in names:
+        if implementation not in names:
             raise ValueError(
-                f"`attn_implementation` must be one of {', '.join(map(repr, names))}: any other would compute dense "
-                f"attention, got {requested_attention!r}."
+                f'Specified `attn_implementation="{implementation}"` is not supported: it would compute dense '
+                f"attention. LongNet has {', '.join(map(repr, names))}."
             )
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -344,9 +343,10 @@ class LongNetModel(LongNetPreTrainedModel):
             [LongNetDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        rotary_classes = {"xpos": LongNetXposEmbedding, "rope": LongNetRotaryEmbedding}
-        rotary_class = rotary_classes.get(config.position_embedding_type)
-        self.rotary_emb = None if rotary_class is None else rotary_class(config=config)
+        # CODEPATH: the paper's models have xPos; RoPE is for schedules that xPos cannot represent.
+        self.xpos = LongNetXposRotaryEmbedding(config) if config.position_embedding_type == "xpos" else None
+        # CODEPATH: as above.
+        self.rotary_emb = LongNetRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.gradient_checkpointing = False
 
         # Initialize weights and apply final processing
@@ -375,13 +375,12 @@ class LongNetModel(LongNetPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(rows)
         hidden_states = self.layernorm_embedding(hidden_states)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout, training=self.training)
-        if self.rotary_emb is None:
-            return hidden_states, None
-        # CODEPATH: xPos must count as the segments do, which no position_ids can change; RoPE takes what it is given.
-        if self.config.position_embedding_type == "xpos":
+        if self.xpos is not None:  # it must count as the segments do, which no position_ids can change
             self.check_positions(document_positions)
-            return hidden_states, self.rotary_emb(hidden_states, document_positions)
-        return hidden_states, self.rotary_emb(hidden_states, position_ids=position_ids)
+            return hidden_states, self.xpos(hidden_states, position_ids=document_positions)
+        if self.rotary_emb is not None:
+            return hidden_states, self.rotary_emb(hidden_states, position_ids=position_ids)
+        return hidden_states, None
 
     @merge_with_config_defaults
     @capture_outputs

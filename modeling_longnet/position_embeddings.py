@@ -40,7 +40,7 @@ class LongNetRotaryEmbedding(nn.Module):
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
-class LongNetXposEmbedding(nn.Module):
+class LongNetXposRotaryEmbedding(LongNetRotaryEmbedding):
     """xPos: RoPE on neighbouring pairs, times zeta ** (p / base) on queries and its inverse on keys.
 
     Only distances matter, so positions are counted from the middle of the largest segment (or of the whole range,
@@ -49,22 +49,20 @@ class LongNetXposEmbedding(nn.Module):
     Source: https://arxiv.org/abs/2212.10554, and torchscale/component/xpos_relative_position.py for the constants.
     """
 
-    def __init__(self, config: LongNetConfig):
-        super().__init__()
-        self.config = config
-
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """cos, sin and scale of positions [B, Q], each [B, Q, D] in float32."""
         width, span = self.config.head_dim, self.config.xpos_range
         # CODEPATH: sinks, or segments that do not divide the largest one, let a query see another segment's keys.
         if self.config.xpos_is_centred_per_segment:
-            positions = positions % span
-        centred = (positions - span // 2)[..., None].float()
+            position_ids = position_ids % span
+        centred = (position_ids - span // 2)[..., None].float()
+        angles = centred * self.inv_freq.to(device=x.device, dtype=torch.float)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         pairs = torch.arange(0, width, 2, device=x.device, dtype=torch.float)
-        angles = centred * 10000.0 ** (-pairs / width)
         scale = ((pairs + 0.4 * width) / (1.4 * width)) ** (centred / self.config.xpos_scale_base)
-        return tuple(table.repeat_interleave(2, dim=-1) for table in (angles.cos(), angles.sin(), scale))
+        return tuple(table.repeat_interleave(2, dim=-1) for table in (cos, sin, scale))
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
