@@ -1,0 +1,341 @@
+"""Dilated attention of one rank's slice of a sequence: which rows of keys and values travel, and attention over them.
+
+Every rank holds n tokens in a row. The plan of the blocks of its queries names all keys that they see; those that lie
+on other ranks, each only once, come by one all-to-all with unequal parts. What is needed follows from the plan, so each
+rank knows without asking what to send. For patterns w, r = 4, 1 and 12, 2 and head 0, causal:
+
+    rank            0               1               2
+    position        0  1  2  3      4  5  6  7      8  9 10 11
+    rank 1 gets     0     2
+    rank 2 gets     0     2         4     6
+
+The blocks over own keys are computed while the rows are on their way. In the backward the gradients of the received
+rows go back by the reverse all-to-all while the blocks over own keys are differentiated.
+
+Letters: B batch, H query heads, G key/value heads, n tokens of a rank, D head dimension, M received rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+import torch.distributed as dist
+
+from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward
+from .attention_kernels import Kernel
+from .dilation_plan import Block, Region, Rows, plan_blocks
+from .dilation_schedule import DilationSchedule
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """A batch of rows, each cut into `size` slices of `slice_length` tokens.
+
+    `documents` are (first row, row after the last, start, stop): what lies in none of them is padding.
+    """
+
+    batch: int
+    slice_length: int
+    size: int
+    documents: tuple[tuple[int, int, int, int], ...]
+
+    def own(self, rank: int) -> tuple[int, int]:
+        """The interval of global positions that `rank` holds."""
+        return rank * self.slice_length, (rank + 1) * self.slice_length
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a call, and their place among all heads of the layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_index_offset: int = 0
+    total_num_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """One document as a rank sees it: batch rows, its tokens within the slice, the position of the first of them.
+
+    Keys of `local` blocks are indices of `tokens`; each `remote` block has the index of its keys among the received
+    rows, [rows * heads * keys].
+    """
+
+    rows: slice
+    tokens: slice
+    start: int
+    local: tuple[Block, ...]
+    remote: tuple[tuple[Block, torch.Tensor], ...]
+
+
+def _cut(rows: Rows, first: int, stop: int) -> Rows:
+    """Rows number `first` to `stop`, the latter left out."""
+    return Rows(rows.start + first * rows.step, rows.step, stop - first)
+
+
+def _rows_before(rows: Rows, position: int) -> int:
+    """How many of the rows lie before a position."""
+    return min(rows.count, max(0, -(-(position - rows.start) // rows.step)))
+
+
+def _split_region(region: Region, first: int, last: int) -> Iterator[tuple[Region, bool]]:
+    """The region in pieces whose keys lie all in [first, last), which the flag tells, or all outside."""
+    kind, queries, keys = region.kind, region.queries, region.keys
+    low, high, count = _rows_before(keys, first), _rows_before(keys, last), keys.count
+    if kind == "full":
+        pieces = [(kind, 0, queries.count, a, b) for a, b in ((0, low), (low, high), (high, count))]
+    else:
+        # A square of `count` queries and keys, cut after `low` keys into two squares and the rectangle between them.
+        assert high == count and queries.count == count, "squares have no keys after their queries"
+        rectangle = ("full", low, count, 0, low) if kind == "causal" else ("full", 0, low, low, count)
+        pieces = [(kind, 0, low, 0, low), rectangle, (kind, low, count, low, count)]
+    for kind, q0, q1, k0, k1 in pieces:
+        if q0 < q1 and k0 < k1:
+            yield Region(kind, _cut(queries, q0, q1), _cut(keys, k0, k1)), low <= k0 and k1 <= high
+
+
+def split_block(block: Block, first: int, last: int) -> Iterator[tuple[Block, bool]]:
+    """The block in pieces, each with a flag: whether all its keys lie at positions [first, last)."""
+    block = replace(block, fresh=False)  # the order of the blocks changes: none may overwrite what others left
+    if block.region.kind == "zeros":
+        yield block, True
+        return
+    # Repeats begin within the own segments; only a sliding window's first ones look back over the border.
+    looking_back = 0
+    if block.repeats > 1:
+        looking_back = min(block.repeats, max(0, -(-(first - block.region.keys.start) // block.stride)))
+        if looking_back < block.repeats:
+            shifted = block.region.shift(looking_back * block.stride)
+            yield replace(block, region=shifted, repeats=block.repeats - looking_back), True
+    for repeat in range(looking_back if block.repeats > 1 else 1):
+        for region, is_local in _split_region(block.region.shift(repeat * block.stride), first, last):
+            yield replace(block, region=region, repeats=1), is_local
+
+
+def _parts(
+    layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads
+) -> Iterator[tuple[slice, int, int, int, list[tuple[Block, bool]]]]:
+    """Per document in the slice: batch rows, its start, first and last global position in the slice, its blocks."""
+    low, high = layout.own(rank)
+    for first_row, last_row, start, stop in layout.documents:
+        first, last = max(start, low), min(stop, high)
+        if first >= last:
+            continue
+        length = (last if schedule.is_causal else stop) - start
+        blocks = plan_blocks(
+            schedule, heads.num_heads, heads.num_kv_heads, first - start, last - start, length,
+            heads.head_index_offset, heads.total_num_heads,
+        )  # fmt: skip
+        pieces = [piece for block in blocks for piece in split_block(block, first - start, last - start)]
+        yield slice(first_row, last_row), start, first, last, pieces
+
+
+def _row_codes(layout: SequenceLayout, heads: Heads, rows: slice, kv_heads: slice, positions: Rows) -> torch.Tensor:
+    """(row of the batch * G + head) * tokens + global position of keys, as [rows * heads * keys]."""
+    batch = torch.arange(rows.start, rows.stop)[:, None, None] * heads.num_kv_heads
+    head = torch.tensor(range(heads.num_kv_heads)[kv_heads])[None, :, None]
+    position = positions.start + positions.step * torch.arange(positions.count)
+    return ((batch + head) * (layout.size * layout.slice_length) + position).flatten()
+
+
+def _wanted(layout, rank, schedule, heads, low: int, high: int) -> torch.Tensor:
+    """Sorted codes of the rows that `rank` needs from positions [low, high), which it does not hold."""
+    codes = [torch.empty(0, dtype=torch.long)]
+    for rows, start, _, _, pieces in _parts(layout, rank, schedule, heads):
+        for block, is_local in pieces:
+            keys = block.region.keys.shift(start)
+            keys = _cut(keys, _rows_before(keys, low), _rows_before(keys, high))
+            if not is_local and keys.count > 0:
+                codes.append(_row_codes(layout, heads, rows, block.kv_heads, keys))
+    return torch.cat(codes).unique()
+
+
+class Exchange:
+    """What one rank sends, receives and computes, for one layout, schedule and number of heads; built without talking.
+
+    Received and sent rows are ordered by rank, then by row of the batch, head and position. `send_index` are the
+    indices of the rows to send along B, G and n.
+    """
+
+    def __init__(self, layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads):
+        ranks = range(layout.size)
+        needs = (layout, rank, schedule, heads)
+        received = [_wanted(*needs, *layout.own(owner)) for owner in ranks]
+        codes = torch.cat(received)
+        order = codes.argsort()
+        self.parts = tuple(self._document_part(layout, rank, heads, part, codes, order) for part in _parts(*needs))
+        sent = [_wanted(layout, other, schedule, heads, *layout.own(rank)) for other in ranks]
+        self.receive_counts = [len(c) for c in received]
+        self.send_counts = [len(c) for c in sent]
+        total = layout.size * layout.slice_length
+        codes = torch.cat(sent)
+        head, token = codes // total, codes % total - layout.own(rank)[0]
+        self.send_index = head // heads.num_kv_heads, head % heads.num_kv_heads, token
+        self._devices: dict[torch.device, Exchange] = {}
+        self._layout, self._schedule, self._heads = layout, schedule, heads
+
+    @staticmethod
+    def _document_part(layout, rank, heads, part, codes, order) -> DocumentPart:
+        rows, start, first, last, pieces = part
+        own = first - start
+        local, remote = [], []
+        for block, is_local in pieces:
+            if is_local:
+                region = replace(block.region, keys=block.region.keys.shift(-own))
+                local.append(replace(block, region=region))
+            else:
+                wanted = _row_codes(layout, heads, rows, block.kv_heads, block.region.keys.shift(start))
+                remote.append((block, order[torch.searchsorted(codes, wanted, sorter=order)]))
+        low = layout.own(rank)[0]
+        return DocumentPart(rows, slice(first - low, last - low), own, tuple(local), tuple(remote))
+
+    @cached_property
+    def is_needed(self) -> bool:
+        """Whether any rank needs a row of another one: the collective is called by all of them, or by none."""
+        return any(
+            not is_local
+            for rank in range(self._layout.size)
+            for *_, pieces in _parts(self._layout, rank, self._schedule, self._heads)
+            for _, is_local in pieces
+        )
+
+    @property
+    def rows_received(self) -> int:
+        return sum(self.receive_counts)
+
+    @property
+    def rows_sent(self) -> int:
+        return sum(self.send_counts)
+
+    def on(self, device: torch.device) -> "Exchange":
+        """The same with its indices on a device, copied there once."""
+        if device.type == "cpu":
+            return self
+        if device not in self._devices:
+            moved = object.__new__(Exchange)
+            moved.__dict__.update(self.__dict__, is_needed=self.is_needed)
+            moved.send_index = tuple(index.to(device) for index in self.send_index)
+            moved.parts = tuple(
+                replace(part, remote=tuple((block, index.to(device)) for block, index in part.remote))
+                for part in self.parts
+            )
+            self._devices[device] = moved
+        return self._devices[device]
+
+
+@lru_cache(maxsize=64)
+def plan_exchange(layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads) -> Exchange:
+    """The exchange of `rank`; texts of one length share it, layer after layer and step after step."""
+    return Exchange(layout, rank, schedule, heads)
+
+
+class ReceivedKeys:
+    """The keys and values of one remote block among the received rows [M, 2, D]; see `DenseKeys` for the interface."""
+
+    def __init__(self, index: torch.Tensor, received: torch.Tensor, grad: torch.Tensor | None = None):
+        self.index, self.received, self.grad = index, received, grad
+
+    def _shape(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = len(range(block.kv_heads.stop)[block.kv_heads])
+        return rows.view(-1, heads, 1, block.region.keys.count, *rows.shape[1:]).unbind(-2)
+
+    def get(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._shape(block, self.received.index_select(0, self.index))
+
+    def open_grad(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        self.rows = self.grad.new_zeros(len(self.index), *self.grad.shape[1:])
+        return self._shape(block, self.rows)
+
+    def close_grad(self, block: Block, key_grad: torch.Tensor, value_grad: torch.Tensor) -> None:
+        self.grad.index_add_(0, self.index, self.rows)
+
+
+def send_rows(
+    rows: torch.Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+) -> tuple[torch.Tensor, dist.Work]:
+    """Starts an all-to-all of rows [sum(send_counts), ...]; the result [sum(receive_counts), ...] is there after
+    `work.wait()`."""
+    received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+    work = dist.all_to_all_single(received, rows, receive_counts, send_counts, group=group, async_op=True)
+    return received, work
+
+
+class _ShardedAttention(torch.autograd.Function):
+    """One softmax over own and received keys; the backward replays the blocks, as in dilated_attention.py."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, exchange, group, scale, kernel):
+        received = work = None
+        if exchange.is_needed:
+            rows = torch.stack([x[exchange.send_index] for x in (key, value)], dim=1)
+            received, work = send_rows(rows, exchange.send_counts, exchange.receive_counts, group)
+        lse_dtype = torch.promote_types(query.dtype, torch.float32)
+        out = torch.zeros_like(query, dtype=lse_dtype)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
+        views = [[x[part.rows, :, part.tokens] for x in (query, key, value, out, lse)] for part in exchange.parts]
+        for part, (q, k, v, o, s) in zip(exchange.parts, views):
+            attend_blocks(kernel, part.local, q, DenseKeys(k, v), o, s, part.start, scale)
+        if work is not None:
+            work.wait()
+        for part, (q, _, _, o, s) in zip(exchange.parts, views):
+            for block, index in part.remote:
+                attend_blocks(kernel, (block,), q, ReceivedKeys(index, received), o, s, part.start, scale)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, received, out, lse)
+        ctx.settings = exchange, group, scale, kernel
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, received, out, lse = ctx.saved_tensors
+        exchange, group, scale, kernel = ctx.settings
+        grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
+        views = [
+            [x[part.rows, :, part.tokens] for x in (grad, query, out, lse, grads[0], key, value, *grads[1:])]
+            for part in exchange.parts
+        ]
+        work = None
+        if received is not None:
+            received_grad = torch.zeros_like(received, dtype=lse.dtype)
+            for part, (*saved, _, _, _, _) in zip(exchange.parts, views):
+                for block, index in part.remote:
+                    keys = ReceivedKeys(index, received, received_grad)
+                    attend_blocks_backward(kernel, (block,), *saved, keys, part.start, scale)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                rows = received_grad.to(key.dtype)
+                returned, work = send_rows(rows, exchange.receive_counts, exchange.send_counts, group)
+        for part, (*saved, k, v, key_grad, value_grad) in zip(exchange.parts, views):
+            keys = DenseKeys(k, v, key_grad, value_grad)
+            attend_blocks_backward(kernel, part.local, *saved, keys, part.start, scale)
+        if work is not None:
+            work.wait()
+            for total, rows in zip(grads[1:], returned.to(lse.dtype).unbind(1)):
+                total.index_put_(exchange.send_index, rows, accumulate=True)
+        return *(g.to(x.dtype) for g, x in zip(grads, (query, key, value))), *(None for _ in ctx.settings)
+
+
+def sharded_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    exchange: Exchange,
+    group: dist.ProcessGroup | None,
+    scale: float,
+    kernel: type[Kernel],
+) -> torch.Tensor:
+    """Dilated attention of a rank's queries over all keys that they see, wherever these lie.
+
+    All ranks of `group` call it together, and together differentiate what it returned.
+
+    Args:
+        query: [B, H, n, D], this rank's slice. key, value: [B, G, n, D].
+        exchange: of this rank, from `plan_exchange`.
+        kernel: from `get_kernel`.
+
+    Returns:
+        [B, H, n, D]; padding gives zeros.
+    """
+    return _ShardedAttention.apply(query, key, value, exchange.on(query.device), group, scale, kernel)
