@@ -43,7 +43,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
-from .document_ids import find_documents, query_extent, reorder, restore_order
+from .dilated_cache import DilatedCache, prepare_dilated_cache
+from .document_ids import Documents, find_documents, query_extent, reorder, restore_order
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
 
 
@@ -131,6 +132,30 @@ def fused_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def read_documents(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+    batch_size: int,
+    query_length: int,
+    device: torch.device,
+    is_causal: bool = True,
+) -> tuple[int | torch.Tensor, Documents]:
+    """Index of the first query among the keys that the attention will be given, and the documents of those keys."""
+    if isinstance(past_key_values, DilatedCache):
+        return 0, past_key_values.read_documents(attention_mask, position_ids, batch_size, query_length, device)
+    query_offset, key_length = query_extent(past_key_values, query_length, device, is_causal)
+    return query_offset, find_documents(
+        attention_mask,
+        position_ids,
+        batch_size=batch_size,
+        query_length=query_length,
+        query_offset=query_offset,
+        key_length=key_length,
+        device=device,
+    )
+
+
 class LongNetAttentionInterface(AttentionInterface):
     """Only the names below: every function of the library's own table would compute dense attention."""
 
@@ -186,7 +211,8 @@ class LongNetAttention(nn.Module):
 
         if position_embeddings is not None:
             query_states, key_states = self.apply_positions(query_states, key_states, *position_embeddings)
-        if past_key_values is not None:
+        is_bounded = isinstance(past_key_values, DilatedCache)
+        if past_key_values is not None and not is_bounded:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
         is_whole = query_states.shape[2] == key_states.shape[2]
         if token_order is not None:
@@ -196,6 +222,9 @@ class LongNetAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        # CODEPATH: a bounded cache keeps only the rows that its own attention can still reach.
+        if is_bounded:
+            attention_interface = past_key_values.attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -403,16 +432,9 @@ class LongNetModel(LongNetPreTrainedModel):
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
 
-        query_length, device = inputs_embeds.shape[1], inputs_embeds.device
-        query_offset, key_length = query_extent(past_key_values, query_length, device, self.config.is_causal)
-        documents = find_documents(
-            attention_mask,
-            position_ids,
-            batch_size=len(inputs_embeds),
-            query_length=query_length,
-            query_offset=query_offset,
-            key_length=key_length,
-            device=device,
+        (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
+        query_offset, documents = read_documents(
+            attention_mask, position_ids, past_key_values, batch_size, query_length, device, self.config.is_causal
         )
         if position_ids is None:
             position_ids = documents.positions
@@ -456,6 +478,15 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         # Initialize weights and apply final processing
         self.post_init()
 
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """`generate` runs in memory that does not grow with the text; `cache_implementation="dynamic"` keeps it all."""
+        if not prepare_dilated_cache(generation_config, model_kwargs, self.config, max_cache_length):
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+
     @staticmethod
     def create_masks_for_generate(
         config: LongNetConfig,
@@ -466,16 +497,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> torch.Tensor | None:
         """The document ids of the keys as an integer tensor [B, 1, 1, N], which `forward` takes as `attention_mask`."""
-        query_length, device = inputs_embeds.shape[1], inputs_embeds.device
-        query_offset, key_length = query_extent(past_key_values, query_length, device)
-        documents = find_documents(
-            attention_mask,
-            position_ids,
-            batch_size=len(inputs_embeds),
-            query_length=query_length,
-            query_offset=query_offset,
-            key_length=key_length,
-            device=device,
+        (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
+        _, documents = read_documents(
+            attention_mask, position_ids, past_key_values, batch_size, query_length, device
         )
         if documents.ids is None or documents.order is not None:
             return attention_mask

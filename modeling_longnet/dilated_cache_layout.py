@@ -1,0 +1,257 @@
+"""Where a bounded cache keeps which position, and which of its slots a query may see: pure functions of the position.
+
+A pattern (w, r) ever needs only the rows of its current segment, so position p of offset class u lies in slot
+`base + u * ceil(w / r) + (p % w) // r`, and what the next segment writes there replaces it:
+
+    w = 8, r = 2, offset 0:   slots 0 1 2 3     after position 5:   0 2 4 .     after position 10:   8 10 4 6
+
+A slot whose in-segment index lies beyond the query's holds an earlier segment (4 and 6 above) and is dead. No position
+is ever stored.
+
+Letters: B batch, H query heads, G key/value heads, S slots, w segment length, r dilation rate, s offset of a head, U
+offset classes (distinct offsets among the query heads of one key/value head), c = ceil(w / r) rows of a class.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+
+from .dilation_plan import SINKS, Block, Rows
+from .dilation_schedule import DilationSchedule
+
+
+NOWHERE = 2**31 - 1  # an in-segment index that no query ever reaches, and a slot that raises an error
+
+
+@dataclass(frozen=True)
+class PatternSlots:
+    """The slots [base, base + classes * rows) of one pattern."""
+
+    index: int
+    base: int
+    classes: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tensors on one device; per pattern that has slots of its own.
+
+    offsets: s of each head [H]. own_class: one-hot over the classes, bool [H, U, 1]. rows: in-segment index of each row
+    of the head's own class, int32 [H, c]. class_offsets: s of each class or -1 [G, U]. class_rows: in-segment index of
+    each slot, int32 [G, U * c]. lattices: for each earlier pattern whether it selects the row, bool [H, c], where that
+    does not depend on the segment.
+    """
+
+    offsets: tuple[torch.Tensor, ...]
+    own_class: tuple[torch.Tensor, ...]
+    rows: tuple[torch.Tensor, ...]
+    class_offsets: tuple[torch.Tensor, ...]
+    class_rows: tuple[torch.Tensor, ...]
+    lattices: tuple[tuple[torch.Tensor | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """The slots of one layer: sink tokens, then a ring for the sliding window, then pattern after pattern.
+
+    Args:
+        schedule: causal.
+        num_heads, num_kv_heads: H and G of this layer (of this rank).
+        head_index_offset, total_num_heads: global numbering of the heads, as in `dilated_attention`.
+        max_length: no position will reach this, so longer segments need no more slots; None for no bound.
+    """
+
+    schedule: DilationSchedule
+    num_heads: int
+    num_kv_heads: int
+    head_index_offset: int = 0
+    total_num_heads: int | None = None
+    max_length: int | None = None
+
+    def __post_init__(self):
+        if not self.schedule.is_causal:
+            raise ValueError("`schedule` of a bounded cache must be causal, got is_causal=False.")
+
+    def _offset(self, pattern: int, head: int) -> int:
+        rate = self.schedule.dilation_rates[pattern]
+        return self.schedule.offset(rate, head + self.head_index_offset, self.total_num_heads or self.num_heads)
+
+    def _class(self, pattern: int, head: int, classes: int) -> int:
+        """Distinct for the offsets of one key/value head, and the same for all heads of one block of the plan."""
+        if self.schedule.head_offsets == "modulo":
+            return head % (self.num_heads // self.num_kv_heads) % self.schedule.dilation_rates[pattern]
+        return self._offset(pattern, head) % classes
+
+    def _bounded(self, length: int) -> int:
+        return length if self.max_length is None else min(length, self.max_length)
+
+    @property
+    def window_slots(self) -> int:
+        return self._bounded(self.schedule.window)
+
+    @cached_property
+    def patterns(self) -> tuple[PatternSlots, ...]:
+        per_group = self.num_heads // self.num_kv_heads
+        base = self.schedule.num_sink_tokens + self.window_slots
+        slots = []
+        for i in range(bool(self.schedule.window), len(self.schedule.patterns)):
+            w, r = self.schedule.patterns[i]
+            groups = [range(g * per_group, (g + 1) * per_group) for g in range(self.num_kv_heads)]
+            classes = max(len({self._offset(i, j) for j in heads}) for heads in groups)
+            slots.append(PatternSlots(i, base, classes, -(-self._bounded(w) // r)))
+            base += classes * slots[-1].rows
+        return tuple(slots)
+
+    @cached_property
+    def size(self) -> int:
+        """Slots that can be live."""
+        last = self.patterns[-1] if self.patterns else None
+        return last.base + last.classes * last.rows if last else self.schedule.num_sink_tokens + self.window_slots
+
+    @property
+    def allocated(self) -> int:
+        """`size` and at least one more, where rows go that nobody keeps; a multiple of 8, as fused kernels want it."""
+        return self.size // 8 * 8 + 8
+
+    @property
+    def spill(self) -> int:
+        return self.size
+
+    def tables(self, device: torch.device) -> Tables:
+        return _tables(self, device)
+
+    def live(self, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Which slots the queries at `positions` [B] see, bool [B, H, allocated]; their own rows are written before."""
+        schedule, device = self.schedule, positions.device
+        p = positions[:, None]
+        shape = (len(positions), self.num_heads, -1)
+        parts = []
+        if schedule.num_sink_tokens:
+            sinks = torch.arange(schedule.num_sink_tokens, device=device) <= p
+            parts.append(sinks[:, None].expand(shape))
+        if schedule.window:
+            slots = torch.arange(self.window_slots, device=device)
+            held = p - (p - slots) % schedule.window
+            parts.append((held >= schedule.num_sink_tokens)[:, None].expand(shape))
+        for n, slots in enumerate(self.patterns):
+            own = self._own_live(n, slots, positions, tables)
+            parts.append((own[:, :, None] & tables.own_class[n]).flatten(2))
+        parts.append(torch.zeros(*shape[:2], self.allocated - self.size, dtype=torch.bool, device=device))
+        return torch.cat(parts, dim=-1)
+
+    def _own_live(self, n: int, slots: PatternSlots, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Bool [B, H, c] over the rows of each head's own class."""
+        schedule = self.schedule
+        w, r = schedule.patterns[slots.index]
+        t, rows = positions % w, tables.rows[n]
+        selected = (t % r)[:, None] == tables.offsets[n]
+        at = t.int()[:, None, None]
+        live = (rows <= at) & selected[..., None]
+        if schedule.num_sink_tokens:
+            first = (schedule.num_sink_tokens - positions + t).clamp(min=0)
+            live = live & (rows >= first.int()[:, None, None])
+        if schedule.overlap == "count":
+            return live
+        if schedule.window:
+            live = live & (rows <= at - schedule.window)
+        for m in range(n):
+            earlier_w, earlier_r = schedule.patterns[self.patterns[m].index]
+            inside = positions % earlier_w  # index of the query in its segment of the earlier pattern
+            begin = (t - inside).int()[:, None, None]
+            lattice = tables.lattices[n][m]
+            if lattice is None:
+                lattice = (rows - begin) % earlier_r == tables.offsets[m][:, None]
+            offered = (inside % earlier_r)[:, None] == tables.offsets[m]
+            live = live & ~(lattice & (rows >= begin) & offered[..., None])
+        return live
+
+    def targets(self, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """The slots [B, G, n] that take the row of `positions` [B]; `spill` where a pattern does not select it."""
+        schedule, p = self.schedule, positions[:, None, None]
+        shape = (len(positions), self.num_kv_heads, -1)
+        parts = []
+        if schedule.num_sink_tokens:
+            parts.append(torch.where(p < schedule.num_sink_tokens, p, self.spill).expand(shape))
+        if schedule.window:
+            parts.append((schedule.num_sink_tokens + p % schedule.window).expand(shape))
+        for n, slots in enumerate(self.patterns):
+            w, r = schedule.patterns[slots.index]
+            t = p % w
+            first = slots.base + slots.rows * torch.arange(slots.classes, device=positions.device)
+            parts.append(torch.where(t % r == tables.class_offsets[n], first + t // r, self.spill))
+        targets = torch.cat(parts, dim=-1)
+        # Beyond the bound there is no slot: an index error, rather than another pattern's slot.
+        return targets if self.max_length is None else torch.where(p < self.max_length, targets, NOWHERE)
+
+    def sources(self, first: torch.Tensor, last: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Which of the positions [first, last] (both [B]) each slot takes, [B, G, allocated]; -1 for none."""
+        schedule, device = self.schedule, first.device
+        first, last = first[:, None, None], last[:, None, None]
+        shape = (len(first), self.num_kv_heads, -1)
+        parts = []
+        if schedule.num_sink_tokens:
+            held = torch.arange(schedule.num_sink_tokens, device=device)
+            parts.append(torch.where((held >= first) & (held <= last), held, -1).expand(shape))
+        if schedule.window:
+            slots = torch.arange(self.window_slots, device=device)
+            held = last - (last - slots) % schedule.window
+            parts.append(torch.where(held >= first, held, -1).expand(shape))
+        for n, slots in enumerate(self.patterns):
+            t = last % schedule.segment_lengths[slots.index]
+            held = last - t + tables.class_rows[n]
+            parts.append(torch.where((tables.class_rows[n] <= t) & (held >= first), held, -1))
+        parts.append(first.new_full((*shape[:2], self.allocated - self.size), -1))
+        return torch.cat(parts, dim=-1)
+
+    def _slot(self, block: Block, positions):
+        """Slot of a key that a block reads, for an integer or a tensor of positions."""
+        if block.pattern == SINKS:
+            return positions
+        if block.pattern == 0 and self.schedule.window:
+            return self.schedule.num_sink_tokens + positions % self.schedule.window
+        slots = self.patterns[block.pattern - bool(self.schedule.window)]
+        w, r = self.schedule.patterns[block.pattern]
+        offset_class = self._class(block.pattern, block.heads.start, slots.classes)
+        return slots.base + offset_class * slots.rows + positions % w // r
+
+    def locate(self, block: Block, origin: int, column: int, device: torch.device) -> Rows | torch.Tensor:
+        """Where a block's keys lie in a buffer whose first rows are the slots (for positions before `origin`), and
+        which has position `origin` in row `column` and the later ones behind it."""
+        keys = block.region.keys
+        if keys.start >= origin:
+            return keys.shift(column - origin)
+        rotates = block.pattern == 0 and self.schedule.window
+        if block.repeats == 1 and not rotates and keys.start + keys.step * (keys.count - 1) < origin:
+            rate = 1 if block.pattern == SINKS else self.schedule.dilation_rates[block.pattern]
+            return Rows(self._slot(block, keys.start), keys.step // rate, keys.count)
+        repeats = torch.arange(block.repeats, device=device) * block.stride
+        positions = (repeats[:, None] + keys.start + keys.step * torch.arange(keys.count, device=device)).flatten()
+        return torch.where(positions < origin, self._slot(block, positions), positions - origin + column)
+
+
+@lru_cache(maxsize=64)
+def _tables(layout: SlotLayout, device: torch.device) -> Tables:
+    columns = [[] for _ in range(6)]
+    heads, per_group = range(layout.num_heads), layout.num_heads // layout.num_kv_heads
+    for n, slots in enumerate(layout.patterns):
+        w, r = layout.schedule.patterns[slots.index]
+        offsets = torch.tensor([layout._offset(slots.index, j) for j in heads])
+        classes = torch.tensor([layout._class(slots.index, j, slots.classes) for j in heads])
+        class_offsets = torch.full((layout.num_kv_heads, slots.classes), -1)
+        class_offsets[torch.arange(layout.num_heads) // per_group, classes] = offsets
+        row = r * torch.arange(slots.rows)
+        rows = offsets[:, None] + row
+        class_rows = class_offsets[..., None] + row
+        class_rows = class_rows.masked_fill((class_offsets < 0)[..., None] | (class_rows >= w), NOWHERE).flatten(1)
+        lattices = []
+        for m in range(n):
+            earlier_w, earlier_r = layout.schedule.patterns[layout.patterns[m].index]
+            lattice = rows % earlier_w % earlier_r == columns[0][m].cpu()[:, None]
+            lattices.append(lattice.to(device) if w % earlier_w == 0 else None)
+        own_class = classes[:, None] == torch.arange(slots.classes)
+        values = (offsets, own_class[..., None], rows.int(), class_offsets, class_rows.int())
+        for column, value in zip(columns, (*(v.to(device) for v in values), tuple(lattices))):
+            column.append(value)
+    return Tables(*map(tuple, columns))
