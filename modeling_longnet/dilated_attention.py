@@ -5,6 +5,7 @@ dimension, w segment length, r dilation rate.
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,7 +17,17 @@ from .dilation_plan import plan_blocks
 from .dilation_schedule import DilationSchedule
 
 
-def _documents(document_ids: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, int, int]]:
+class Elsewhere:
+    """While `attend` is set, it computes the operator: only some of the keys are at hand (see sequence_parallel.py)."""
+
+    def __init__(self):
+        self.attend: Callable[..., torch.Tensor] | None = None
+
+
+elsewhere = Elsewhere()
+
+
+def find_runs(document_ids: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, int, int]]:
     """(rows of the batch, start, stop) of each run of equal, non-negative ids; one of them when there are no ids."""
     if document_ids is None:
         return [(slice(0, batch), 0, length)]
@@ -36,7 +47,7 @@ def _documents(document_ids: torch.Tensor | None, batch: int, length: int) -> li
 def _pieces(query, key, document_ids, query_offset, schedule, head_index_offset, total_num_heads):
     """Per document: rows of the batch, its queries as a slice of Q, its keys as a slice of N, its plan of blocks."""
     (_, num_heads, query_length, _), (batch, num_kv_heads, length, _) = query.shape, key.shape
-    for rows, start, stop in _documents(document_ids, batch, length):
+    for rows, start, stop in find_runs(document_ids, batch, length):
         first, last = max(start, query_offset), min(stop, query_offset + query_length)
         if first >= last:
             continue
@@ -283,6 +294,9 @@ def dilated_attention(
     _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
     backend = choose_backend(backend, query, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if elsewhere.attend is not None:
+        settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
+        return elsewhere.attend(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
     if backend == "eager":
         heads = (head_index_offset, total_num_heads)
         out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
