@@ -1,0 +1,139 @@
+"""Convert a LongNet or a LongNet slide encoder of Transformers back into a file of torchscale or Prov-GigaPath.
+
+    python conversion/convert_hf_to_torchscale.py --checkpoint my-longnet --output torchscale-longnet
+
+The folder holds checkpoint.pt with {"model": state dict} (slide_encoder.pth for a slide encoder) and args.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel
+
+import modeling_longnet
+from modeling_longnet import LongNetConfig, LongNetSlideEncoderConfig
+
+
+try:
+    from conversion import checkpoint_files as files
+    from conversion import torchscale_format as torchscale
+    from conversion.gigapath_format import gigapath_key, to_settings
+except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
+    import checkpoint_files as files
+    import torchscale_format as torchscale
+    from gigapath_format import gigapath_key, to_settings
+
+
+ARCHITECTURES = ("LongNetForCausalLM", "LongNetForMaskedLM", "LongNetModel", "LongNetSlideEncoderModel")
+
+
+def load_model(checkpoint: str | Path) -> PreTrainedModel:
+    """The model in a folder, as the class that saved it.
+
+    Raises:
+        ValueError: not one of ours, or weights that do not fit the configuration.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except OSError as error:
+        raise ValueError(f"{checkpoint}: {str(error).splitlines()[0]}") from None
+    architecture = (config.architectures or ["none"])[0]
+    if not isinstance(config, (LongNetConfig, LongNetSlideEncoderConfig)) or architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{checkpoint}: must hold one of {', '.join(ARCHITECTURES)}, got {architecture!r} of model type "
+            f"{config.model_type!r}."
+        )
+    try:
+        model, report = getattr(modeling_longnet, architecture).from_pretrained(
+            checkpoint, dtype="auto", output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint}: {str(error).splitlines()[0]}") from None
+    if wrong := {name: sorted(keys)[:5] for name, keys in report.items() if keys and name.endswith("keys")}:
+        raise ValueError(f"{checkpoint}: weights and configuration do not fit together: {wrong}.")
+    return model
+
+
+def to_torchscale(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict and arguments of torchscale, or of Prov-GigaPath for a slide encoder.
+
+    Raises:
+        ValueError: for settings that the original does not have, and NaN or infinite weights.
+    """
+    config, weights = model.config, model.state_dict()
+    for key, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key!r} holds NaN or infinite values.")
+    if config.model_type == LongNetSlideEncoderConfig.model_type:
+        return {gigapath_key(key): tensor for key, tensor in weights.items()}, to_settings(config)
+    has_embed_tokens = getattr(config, "torchscale_embed_tokens", True)
+    arguments = torchscale.to_arguments(config, has_embed_tokens, "lm_head.weight" in weights)
+    result = {torchscale.torchscale_key(key): tensor for key, tensor in weights.items()}
+    if not has_embed_tokens:
+        del result["embed_tokens.weight"]
+    if config.position_embedding_type == "xpos":
+        for key in torchscale.xpos_keys(config.num_hidden_layers):
+            result[key] = torchscale.xpos_scale(config.head_dim).to(model.dtype)
+    return result, arguments
+
+
+def convert_hf_to_torchscale(
+    checkpoint: str | Path, output: str | Path, *, prefix: str = "", safetensors: bool = False, dry_run: bool = False
+) -> Path:
+    """Writes the folder `output`, complete or not at all; with `dry_run` checks and lists the mapping only.
+
+    Args:
+        checkpoint: a folder with one of our models, or a repository of the Hub.
+        prefix: to put before each key, such as "decoder." for fairseq.
+        safetensors: write a bare state dict as .safetensors.
+
+    Raises:
+        ValueError: see `load_model` and `to_torchscale`; and for an `output` that holds something.
+    """
+    model = load_model(checkpoint)
+    try:
+        tensors, arguments = to_torchscale(model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+    if dry_run:
+        files.print_mapping([("(computed)" if "xpos" in key else "", prefix + key, tensors[key]) for key in tensors])
+        return Path(output)
+    # Copies: tied tensors share memory, which safetensors refuses, and torchscale stores them twice.
+    copy = {"memory_format": torch.contiguous_format}
+    tensors = {prefix + key: tensor.detach().clone(**copy) for key, tensor in tensors.items()}
+    is_slide_encoder = model.config.model_type == LongNetSlideEncoderConfig.model_type
+    name = "slide_encoder" if is_slide_encoder else "checkpoint"
+    with files.new_folder(output) as folder:
+        if safetensors:
+            save_file(tensors, folder / f"{name}.safetensors")
+        else:
+            torch.save({"model": tensors}, folder / (f"{name}.pth" if is_slide_encoder else f"{name}.pt"))
+        (folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    return Path(output)
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="a folder of Transformers, or a repository of the Hub")
+    parser.add_argument("--output", required=True, help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("--prefix", default="", help="put before each key, such as 'decoder.' for fairseq")
+    parser.add_argument("--safetensors", action="store_true", help="write a bare state dict as .safetensors")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and list the mapping, write nothing")
+    options = parser.parse_args(arguments)
+    try:
+        output = convert_hf_to_torchscale(
+            options.checkpoint, options.output, prefix=options.prefix, safetensors=options.safetensors,
+            dry_run=options.dry_run,
+        )  # fmt: skip
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"All checks passed; {output} was not written." if options.dry_run else f"Saved {output}.")
+    return output
+
+
+if __name__ == "__main__":
+    main()

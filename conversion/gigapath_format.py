@@ -1,0 +1,59 @@
+"""Prov-GigaPath's keys and settings next to ours, read in both directions.
+
+Source: gigapath/slide_encoder.py and gigapath/torchscale/model/LongNetConfig.py.
+"""
+
+from typing import Any
+
+from modeling_longnet import LongNetSlideEncoderConfig
+
+
+try:
+    from conversion.torchscale_format import torchscale_key
+except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
+    from torchscale_format import torchscale_key
+
+
+OUTER_KEYS = {
+    "embeddings.projection": "patch_embed.proj",
+    "norm": "encoder.layer_norm",
+    "pooler.norm": "norm",
+}
+# Our fields and the original's names; `depth` and `embed_dim` name the layers and their width there.
+SETTINGS = {
+    "in_chans": "in_chans",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_attention_heads",
+    "slide_ngrids": "slide_ngrids",
+    "tile_size": "tile_size",
+    "max_wsi_size": "max_wsi_size",
+}
+
+
+def gigapath_key(key: str) -> str:
+    """The key in Prov-GigaPath's state dict of one of ours.
+
+        >>> gigapath_key("pooler.norm.weight")
+        'norm.weight'
+    """
+    if key == "embeddings.cls_token":
+        return "cls_token"
+    return torchscale_key(key, OUTER_KEYS, layers="encoder.layers")
+
+
+def to_settings(config: LongNetSlideEncoderConfig) -> dict[str, Any]:
+    """The original's settings for one of our configurations.
+
+    Raises:
+        ValueError: for settings that the original has not.
+    """
+    values = {ours: getattr(config, ours) for ours in SETTINGS}
+    original = LongNetSlideEncoderConfig(**values, intermediate_size=4 * config.hidden_size)
+    for name in (
+        "intermediate_size", "segment_lengths", "dilation_rates", "head_offsets", "padding", "hidden_act",
+        "sub_layernorm", "layer_norm_eps", "pooler_norm_eps",
+    ):  # fmt: skip
+        if getattr(config, name) != getattr(original, name):
+            raise ValueError(f"`{name}` must be {getattr(original, name)!r} here, got {getattr(config, name)!r}.")
+    return {theirs: values[ours] for ours, theirs in SETTINGS.items()} | {"global_pool": config.pooling == "mean"}
