@@ -12,6 +12,7 @@ to the same loss.
 Besides the options of this file, every option of Transformers' TrainingArguments works.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -79,6 +80,7 @@ DEFAULTS = {
     "output_dir": "runs/lora-finetune", "max_steps": 100, "per_device_train_batch_size": 1, "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "logging_steps": 0.05, "save_steps": 0.1,
     "save_total_limit": 1, "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available(),
+    "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
 }  # fmt: skip
 DEMO = DEFAULTS | {
     "output_dir": "runs/demo", "segment_lengths": [256, 1024, 4096], "dilation_rates": [1, 4, 16], "block_size": 1024,
@@ -102,6 +104,8 @@ def parse(arguments: list[str] | None) -> tuple[Options, TrainingArguments]:
         parser.error("--segment-lengths and --dilation-rates belong together: give both or neither")
     if options.eval_tokens < max(options.eval_lengths):
         parser.error(f"--eval-tokens {options.eval_tokens} is less than the longest of --eval-lengths")
+    if training.world_size > 1 or training.n_gpu > 1:
+        parser.error("this script runs on one device: choose it, for instance with CUDA_VISIBLE_DEVICES=0")
     output = Path(training.output_dir)
     if not options.resume and output.is_dir() and any(output.iterdir()):
         if not options.demo:
@@ -324,7 +328,8 @@ def main(arguments: list[str] | None = None) -> dict:
 
     results.measure(DENSE, model, held_out, lengths)
     if options.compare_dense and DENSE_TUNED not in data["perplexity"]:
-        dense_training = TrainingArguments(**{**training.to_dict(), "output_dir": str(output / "dense")})
+        dense_training = copy.copy(training)
+        dense_training.output_dir = str(output / "dense")
         dense, data["training"][DENSE_TUNED] = train(load_base(options, training), blocks, options, dense_training)
         results.measure(DENSE_TUNED, dense, held_out, lengths)
         del dense

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -43,6 +44,12 @@ def arguments(base, output, *more):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def plain_run(base, tmp_path_factory):
+    """The results of a run without further options."""
+    return lora_finetune.main(arguments(base, tmp_path_factory.mktemp("plain") / "run"))
+
+
 def test_main_measures_trains_saves_and_reloads(base, tmp_path, capsys):
     output = tmp_path / "run"
     data = lora_finetune.main(arguments(base, output, "--merge", "--compare-dense"))
@@ -63,13 +70,12 @@ def test_main_measures_trains_saves_and_reloads(base, tmp_path, capsys):
     assert data["perplexity"][TUNED]["128"] == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
 
 
-def test_dense_perplexity_is_that_of_plain_transformers(base, tmp_path):
-    data = lora_finetune.main(arguments(base, tmp_path / "run"))
+def test_dense_perplexity_is_that_of_plain_transformers(base, plain_run):
     ids = lora_finetune.AutoTokenizer.from_pretrained(base)(TEXT, return_tensors="pt").input_ids[:, -256:]
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     with torch.no_grad():
         losses = [model(input_ids=part, labels=part).loss.item() for part in ids.split(128, dim=1)]
-    assert data["perplexity"][DENSE]["128"] == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
+    assert plain_run["perplexity"][DENSE]["128"] == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
 
 
 def test_short_contexts_are_unchanged_by_blocks(base, tmp_path):
@@ -79,9 +85,7 @@ def test_short_contexts_are_unchanged_by_blocks(base, tmp_path):
     assert patched["128"] != pytest.approx(dense["128"], rel=1e-5)
 
 
-def test_resume_continues_to_the_result_of_an_uninterrupted_run(base, tmp_path, monkeypatch):
-    whole = lora_finetune.main(arguments(base, tmp_path / "whole"))
-
+def test_resume_continues_to_the_result_of_an_uninterrupted_run(base, plain_run, tmp_path, monkeypatch):
     class Interrupted(lora_finetune.Trainer):
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -97,14 +101,38 @@ def test_resume_continues_to_the_result_of_an_uninterrupted_run(base, tmp_path, 
     with pytest.raises(ValueError, match="options"):
         lora_finetune.main(arguments(base, tmp_path / "run", "--resume", "--num-sink-tokens", "2"))
     data = lora_finetune.main(arguments(base, tmp_path / "run", "--resume"))
-    assert data["perplexity"] == whole["perplexity"]
+    assert data["perplexity"] == plain_run["perplexity"]
 
 
-def test_norms_and_embeddings_train_and_reload(base, tmp_path):
+def test_gradient_checkpointing_trains_the_same(base, plain_run, tmp_path):
+    lean = lora_finetune.main(arguments(base, tmp_path / "lean", "--gradient-checkpointing"))
+    assert lean["perplexity"][TUNED] == pytest.approx(plain_run["perplexity"][TUNED], rel=1e-5)
+
+
+def test_push_to_hub_uploads_the_adapter_with_its_settings(base, tmp_path, monkeypatch):
+    uploads = []
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, name, **kwargs):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/somebody/{name}")
+
+        def upload_folder(self, folder_path, repo_id):
+            uploads.append((repo_id, {path.name for path in folder_path.iterdir()}))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    lora_finetune.main(arguments(base, tmp_path / "novel", "--push-to-hub"))
+    [(repository, files)] = uploads
+    assert repository == "somebody/novel"
+    assert {"adapter_model.safetensors", "adapter_config.json", "dilated_attention.json", "tokenizer.json"} <= files
+
+
+def test_norms_and_embeddings_train_and_reload(base, plain_run, tmp_path):
     data = lora_finetune.main(arguments(base, tmp_path / "run", "--train-norms-and-embeddings"))
-    adapter_only = lora_finetune.main(arguments(base, tmp_path / "adapter-only"))
     assert data["reloaded_loss"] == data["loss"]
-    more = data["training"][TUNED]["trainable_parameters"] - adapter_only["training"][TUNED]["trainable_parameters"]
+    more = data["training"][TUNED]["trainable_parameters"] - plain_run["training"][TUNED]["trainable_parameters"]
     assert more == 256 * 32 + 5 * 32  # the tied embedding once, and five norms
 
 
