@@ -165,6 +165,19 @@ class LongNetAttentionInterface(AttentionInterface):
 ALL_ATTENTION_FUNCTIONS = LongNetAttentionInterface()
 
 
+def mark_magneto_gains(config: LongNetConfig, linears: dict[nn.Linear, bool]) -> None:
+    """Tells `_init_weights` MAGNETO's gain of each layer: sqrt(log(2 L)) for those marked True, 1 for the others.
+
+    It stands on the linear layers themselves, because Transformers initialises no containers in code from the Hub.
+
+    Source: https://arxiv.org/abs/2210.06423, figure 2, for models that are a decoder or an encoder alone.
+    """
+    # CODEPATH: models without sub-LayerNorm start from `initializer_range`.
+    if config.sub_layernorm:
+        for linear, is_scaled in linears.items():
+            linear.magneto_gain = math.sqrt(math.log(2 * config.num_hidden_layers)) if is_scaled else 1.0
+
+
 class LongNetAttention(nn.Module):
     """Dilated multi-head attention with MAGNETO's LayerNorm over the concatenated heads."""
 
@@ -190,6 +203,7 @@ class LongNetAttention(nn.Module):
         # CODEPATH: torchscale checkpoints trained with subln=False have none.
         if config.sub_layernorm:
             self.inner_attn_ln = nn.LayerNorm(query_width, eps=config.layer_norm_eps)
+        mark_magneto_gains(config, {self.q_proj: False, self.k_proj: False, self.v_proj: True, self.o_proj: True})
 
     def forward(
         self,
@@ -254,6 +268,7 @@ class LongNetMLP(nn.Module):
         # CODEPATH: torchscale checkpoints trained with subln=False have none.
         if config.sub_layernorm:
             self.ffn_layernorm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+        mark_magneto_gains(config, {self.fc1: True, self.fc2: True})
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -331,17 +346,8 @@ class LongNetPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # CODEPATH: MAGNETO (https://arxiv.org/abs/2210.06423), table 1, for its own architecture only.
-        if self.config.sub_layernorm:
-            gain = math.sqrt(math.log(2 * self.config.num_hidden_layers))
-            if isinstance(module, LongNetAttention):
-                init.xavier_normal_(module.q_proj.weight)
-                init.xavier_normal_(module.k_proj.weight)
-                init.xavier_normal_(module.v_proj.weight, gain=gain)
-                init.xavier_normal_(module.o_proj.weight, gain=gain)
-            elif isinstance(module, LongNetMLP):
-                init.xavier_normal_(module.fc1.weight, gain=gain)
-                init.xavier_normal_(module.fc2.weight, gain=gain)
+        if hasattr(module, "magneto_gain"):
+            init.xavier_normal_(module.weight, gain=module.magneto_gain)
         # CODEPATH: with the factor sqrt(hidden_size) this gives token vectors of unit variance, as in torchscale.
         if self.config.scale_embedding and isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.hidden_size**-0.5)
