@@ -1,0 +1,139 @@
+"""How much memory does a patched model need to read a long text in one forward? Linear in its length.
+
+Each length is read in a fresh process, without a cache, and only the last token's logits are kept. What counts is the
+peak above the memory that the loaded model takes; weights are SmolLM2-135M's, or random ones of that shape.
+
+    python -m examples.benchmarks.long_forward_memory --output docs/results/long_forward_memory.json
+"""
+
+import argparse
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.smollm2 import smollm2_135m
+from modeling_longnet.patching import patch_model, report
+
+
+MIB = 2**20
+NATIVE_CONTEXT = 8192
+SMOLLM2_SHAPE = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": NATIVE_CONTEXT,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def load(model: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A folder or Hub id; "random" for random weights in the shape of SmolLM2-135M."""
+    if model == "random":
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).to(device, dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+
+
+def _reset_peak(device: str) -> int:
+    """Start counting anew; the bytes in use now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak(device)
+
+
+def _peak(device: str) -> int:
+    """The most bytes in use since `_reset_peak`: allocated by PyTorch on a GPU, resident in the process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def read(model: str, length: int, settings: dict, dtype: torch.dtype, device: str) -> dict:
+    """Patch, read `length` random tokens in one forward, and tell the peak memory and the time."""
+    patched = patch_model(load(model, dtype, device), **settings)
+    tokens = torch.randint(0, patched.config.vocab_size, (1, length), device=device)
+    with torch.inference_mode():
+        patched(tokens[:, :64], logits_to_keep=1, use_cache=False)  # one-time allocations of the libraries
+        before, start = _reset_peak(device), time.perf_counter()
+        logits = patched(tokens, logits_to_keep=1, use_cache=False).logits
+        assert logits.isfinite().all()  # also waits for a GPU
+        seconds = time.perf_counter() - start
+    return {
+        "tokens": length,
+        "model_mib": before / MIB,
+        "peak_mib": _peak(device) / MIB,
+        "working_mib": (_peak(device) - before) / MIB,
+        "seconds": seconds,
+        "report": str(report(patched)),
+    }
+
+
+def plot(result: dict, path: Path) -> None:
+    """Working memory and time against length, with the line of proportionality through the last point."""
+    figure, (memory, speed) = new_figure(2)
+    rows = result["rows"]
+    lengths = [row["tokens"] for row in rows]
+    for axes, key, label in ((memory, "working_mib", "working memory (MiB)"), (speed, "seconds", "seconds")):
+        axes.plot(lengths, [row[key] for row in rows], "o-", label="patched, measured")
+        axes.plot(lengths, [rows[-1][key] * n / lengths[-1] for n in lengths], ":", color="gray", label="linear")
+        axes.set(xscale="log", yscale="log", xlabel="tokens in one forward", ylabel=label)
+        axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths], minor=False)
+        axes.minorticks_off()
+        axes.legend()
+    save_figure(figure, path, result["provenance"])
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=None, help="folder or Hub id; default SmolLM2-135M, else 'random'")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--segment-lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--dilation-rates", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, default=Path("long_forward_memory.json"), help="a .png lies beside it")
+    options = parser.parse_args(arguments)
+    if options.model is None:
+        try:
+            options.model = str(smollm2_135m())
+        except ImportError:
+            options.model = "random"
+    settings = {"segment_lengths": options.segment_lengths, "dilation_rates": options.dilation_rates}
+    if max(options.lengths) > NATIVE_CONTEXT:
+        settings["rope_scaling"] = {"rope_type": "yarn", "factor": max(options.lengths) / NATIVE_CONTEXT}
+    rows = []
+    # A process that read a longer text before keeps freed memory; each length gets its own.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for length in tqdm(sorted(options.lengths), desc="lengths", disable=None):
+            row = pool.submit(
+                read, options.model, length, settings, getattr(torch, options.dtype), options.device
+            ).result()
+            text = row.pop("report")
+            if not rows:
+                print(text)
+                print(
+                    f"{'tokens':>8} {'model MiB':>10} {'peak MiB':>10} {'working MiB':>12} {'KiB/token':>10} {'seconds':>8}"
+                )
+            rows.append(row)
+            print(
+                f"{length:>8} {row['model_mib']:>10.0f} {row['peak_mib']:>10.0f} {row['working_mib']:>12.0f} "
+                f"{row['working_mib'] * 1024 / length:>10.1f} {row['seconds']:>8.1f}",
+                flush=True,
+            )
+    model = options.model if options.model == "random" else Path(options.model).name
+    result = {"model": model, "dtype": options.dtype, "settings": settings, "rows": rows, "provenance": provenance()}
+    write_json(options.output, result)
+    plot(result, options.output.with_suffix(".png"))
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
