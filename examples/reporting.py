@@ -1,0 +1,72 @@
+"""What a result needs beside its numbers: where it was measured, and a plot."""
+
+import datetime
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a `+` if files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + "+" * bool(changed.stdout.strip())
+
+
+def provenance() -> dict[str, Any]:
+    """Hardware, date, commit, command and versions, as plain JSON."""
+    cpu = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def caption(origin: dict[str, Any]) -> str:
+    """The line under a figure."""
+    return f"{origin['hardware']} · {origin['date']} · commit {origin['commit']}"
+
+
+def write_json(path: str | Path, result: dict[str, Any]) -> None:
+    """Writes in one move, so that an interrupted run leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def new_figure(num_axes: int = 1):
+    """A figure with axes side by side, drawn without a display; save it with `save_figure`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * num_axes, 4), layout="constrained")
+    return figure, figure.subplots(1, num_axes, squeeze=False)[0]
+
+
+def save_figure(figure, path: str | Path, origin: dict[str, Any]) -> None:
+    figure.supxlabel(caption(origin), fontsize=7, color="gray")
+    figure.savefig(path, dpi=150)
