@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
@@ -51,7 +52,7 @@ def load_model(checkpoint: str | Path) -> PreTrainedModel:
         model, report = getattr(modeling_longnet, architecture).from_pretrained(
             checkpoint, dtype="auto", output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{checkpoint}: {str(error).splitlines()[0]}") from None
     if wrong := {name: sorted(keys)[:5] for name, keys in report.items() if keys and name.endswith("keys")}:
         raise ValueError(f"{checkpoint}: weights and configuration do not fit together: {wrong}.")

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -31,6 +32,9 @@ def _poisoned(allocate):
 @pytest.fixture(scope="session", autouse=True)
 def poison_uninitialised_memory():
     """A buffer that is read before it is written then shows in the result, whatever the allocator left there."""
+    _device_constructors()  # remembers the functions that `with torch.device(...)` redirects: the real ones
+    with torch.device("cpu"):
+        torch.empty(0)  # makes `torch.device` contexts note the real functions, which the poisoned ones call
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))

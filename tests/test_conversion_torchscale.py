@@ -1,4 +1,4 @@
-"""torchscale's checkpoints: the original's outputs, there and back bit by bit, and what cannot be converted is refused."""
+"""torchscale's checkpoints: the original's outputs, there and back bit by bit, and what has no counterpart is refused."""
 
 import json
 from pathlib import Path
@@ -194,9 +194,9 @@ def test_the_card_tells_provenance_and_licence(tmp_path):
 
 def test_push_to_hub_is_the_ordinary_method(tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, *args, **kwargs: pushed.append((self, args, kwargs)))
-    monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, *args: pushed.append((self, args)))
+    for pushable in (PreTrainedModel, ModelCard):
+        monkeypatch.setattr(pushable, "push_to_hub", lambda self, *args, **named: pushed.append((self, args, named)))
     convert(DECODERS[0], tmp_path / "model", "--push-to-hub", "someone/longnet", "--private")
-    (model, *call), card = pushed
+    (model, *call), (card, *card_call) = pushed
     assert type(model) is LongNetForCausalLM and call == [("someone/longnet",), {"private": True}]
-    assert "SHA-256" in card[0].text and card[1] == ("someone/longnet",)
+    assert "SHA-256" in card.text and card_call[0] == ("someone/longnet",)
