@@ -6,6 +6,7 @@ over more keys than the block's own; dS = P * (dP - rowsum(dO * O)) with P = exp
 the gradient of the whole softmax.
 """
 
+import importlib
 import importlib.util
 from typing import Protocol
 
@@ -97,28 +98,30 @@ class CudaEfficient:
         return tuple(g[..., :width] for g in grads)
 
 
+def _flash_attn():
+    """Not by an import statement: what those name, Transformers demands of all who load the code from the Hub."""
+    return importlib.import_module("flash_attn.flash_attn_interface")
+
+
 class FlashAttention2:
     """The flash-attn package (2.7 and later); it wants [B, N, H, D]."""
 
     @staticmethod
     def forward(query, key, value, causal, scale):
-        from flash_attn.flash_attn_interface import _flash_attn_forward
-
         width = query.shape[-1]
         query, key, value = (x.transpose(1, 2) for x in _pad_width(8, query, key, value))
-        out, lse, *_ = _flash_attn_forward(query, key, value, 0.0, scale, causal, -1, -1, 0.0, None, False)
+        settings = (0.0, scale, causal, -1, -1, 0.0, None, False)
+        out, lse, *_ = _flash_attn()._flash_attn_forward(query, key, value, *settings)
         return out.transpose(1, 2)[..., :width], lse
 
     @staticmethod
     def backward(grad, query, key, value, out, lse, causal, scale):
-        from flash_attn.flash_attn_interface import _flash_attn_backward
-
         width = query.shape[-1]
         grad, query, key, value, out = (
             x.transpose(1, 2).contiguous() for x in _pad_width(8, grad, query, key, value, out)
         )
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
-        _flash_attn_backward(
+        _flash_attn()._flash_attn_backward(
             grad, query, key, value, out, lse.contiguous(), *grads, 0.0, scale, causal, -1, -1, 0.0, None, False
         )
         return tuple(g.transpose(1, 2)[..., :width] for g in grads)

@@ -488,10 +488,14 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """`generate` runs in memory that does not grow with the text; `cache_implementation="dynamic"` keeps it all."""
-        if not prepare_dilated_cache(generation_config, model_kwargs, self.config, max_cache_length):
+        if not prepare_dilated_cache(self, generation_config, model_kwargs, batch_size, max_cache_length):
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching lays keys out in pages that only dense attention functions can read."""
+        raise ValueError("LongNet cannot run under continuous batching (`generate_batch`), use `generate`.")
 
     @staticmethod
     def create_masks_for_generate(
@@ -507,9 +511,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         _, documents = read_documents(
             attention_mask, position_ids, past_key_values, batch_size, query_length, device
         )
-        if documents.ids is None or documents.order is not None:
+        if documents.order is not None:
             return attention_mask
-        return documents.ids[:, None, None]
+        return None if documents.ids is None else documents.ids[:, None, None]
 
     @can_return_tuple
     @auto_docstring
@@ -611,13 +615,40 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
         )
 
 
-class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel): ...
+# These heads name their base model themselves: the generic `__init__`s ask AutoModel, which refuses code from the Hub.
 
 
-class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTrainedModel): ...
+class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
+    def __init__(self, config: LongNetConfig):
+        LongNetPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LongNetModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
 
 
-class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrainedModel): ...
+class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTrainedModel):
+    def __init__(self, config: LongNetConfig):
+        LongNetPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LongNetModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+
+class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrainedModel):
+    def __init__(self, config: LongNetConfig):
+        LongNetPreTrainedModel.__init__(self, config)
+        self.model = LongNetModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+        # Initialize weights and apply final processing
+        self.post_init()
 
 
 __all__ = [
