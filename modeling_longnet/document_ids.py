@@ -89,10 +89,11 @@ def _side_by_side_order(ids: torch.Tensor, query_length: int, query_offset: int 
         return real.to(torch.uint8).argsort(dim=1, stable=True) if is_whole else None
     if not split.any():
         return None
-    if not is_whole and not (isinstance(query_offset, int) and real[:, query_offset:].all()):
+    # Padding before the new tokens may be moved away from among them: what its queries then give is nobody's.
+    if not is_whole and (not isinstance(query_offset, int) or real[:, query_offset:].int().diff(dim=1).lt(0).any()):
         raise ValueError(
-            "`attention_mask` has padding between the tokens of a row, which can only be continued token by token and "
-            "with a dynamic cache. Pad on the left instead."
+            "`attention_mask` has padding between the tokens of a row, which a static cache or a padded continuation "
+            "cannot put aside. Pad on the left instead."
         )
     return real.to(torch.uint8).argsort(dim=1, stable=True)
 
