@@ -27,8 +27,10 @@ demo: demo-train
 
 demo-train: install
 	@echo "make demo-train: a LongNet of about 1M parameters learns the text of Python's language reference,"
-	@echo "byte by byte; about 5 minutes on 2 CPU cores. Results: runs/demo-train/"
-	$(BIN)/python examples/train_causal_lm.py --preset configuration/longnet-demo-tiny.json --output_dir runs/demo-train
+	@echo "byte by byte; about 5 minutes on 2 CPU cores. Results: runs/demo-train/. To go on after Ctrl-C or to run it"
+	@echo "again: DEMO_ARGS=--resume make demo-train"
+	$(BIN)/python examples/train_causal_lm.py --preset configuration/longnet-demo-tiny.json --output_dir runs/demo-train \
+		--batch_size 2 --max_steps 400 --warmup_steps 40 --learning_rate 2e-3 --eval_steps 100 --save_steps 100 $(DEMO_ARGS)
 
 install: $(VENV)/.installed
 

@@ -12,6 +12,7 @@ In --output_dir: the model and its tokenizer for `from_pretrained`, checkpoint-N
 
 import itertools
 import json
+import logging
 import math
 import shutil
 import signal
@@ -35,6 +36,9 @@ from perplexity import loss_by_position, summarise
 from reporting import new_figure, provenance, save_figure, write_json
 from texts import load_text
 
+
+# It reports at every checkpoint that tied weights are stored once.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
