@@ -229,11 +229,28 @@ def test_masks_of_pairs_are_refused(patched, input_ids):
 # Caches
 
 
-def test_cached_decode_equals_full_forward(patched, input_ids):
-    whole, cache = logits(patched, input_ids), DynamicCache(config=patched.config)
-    steps = [logits(patched, input_ids[:, :20], past_key_values=cache)]
-    steps += [logits(patched, input_ids[:, i : i + 1], past_key_values=cache) for i in range(20, 45)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, **TOLERANCE)
+VARIANTS = {
+    "default": {},
+    "sliding": {"local": "sliding"},
+    "count-without-sinks": {"overlap": "count", "num_sink_tokens": 0},
+    "contiguous": {"segment_lengths": [8, 16], "dilation_rates": [1, 2], "head_offsets": "contiguous"},
+    "eager": {"backend": "eager"},
+    "half-the-layers": {"layers": [0, 2]},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+}
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_cached_decode_equals_full_forward(model, input_ids, settings):
+    patched = patch_model(model, **{"segment_lengths": [8, 32], "dilation_rates": [1, 4], **settings})
+    mask = left_pad(input_ids, [45, 30])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for kwargs in ({}, {"attention_mask": mask, "position_ids": positions}):
+        whole, cache, steps = logits(patched, input_ids, **kwargs), DynamicCache(config=patched.config), []
+        for start, stop in [(0, 20), (20, 29), *((i, i + 1) for i in range(29, 45))]:
+            now = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]} if kwargs else {}
+            steps.append(logits(patched, input_ids[:, start:stop], past_key_values=cache, **now))
+        torch.testing.assert_close(torch.cat(steps, dim=1)[mask > 0], whole[mask > 0], **TOLERANCE)
 
 
 def test_static_cache_equals_full_forward(patched, input_ids):
@@ -274,13 +291,17 @@ def test_no_mask_of_pairs_is_built(patched, monkeypatch):
     assert [tuple(mask.shape) for _, mask in calls] == [(1, 1, 3, 100)] * 3
 
 
-def test_compiled_equals_eager(patched, input_ids):
+def test_compiled_equals_eager_without_graph_breaks(patched, input_ids):
     torch._dynamo.reset()
-    compiled = torch.compile(patched, backend="eager")
+    compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, input_ids), logits(patched, input_ids), **TOLERANCE)
     mask = left_pad(input_ids, [45, 30])
     both = [logits(m, input_ids, attention_mask=mask) for m in (compiled, patched)]
     torch.testing.assert_close(both[0][mask > 0], both[1][mask > 0], **TOLERANCE)
+    positions = torch.cat([torch.arange(20), torch.arange(25)]).expand(2, -1)
+    torch.testing.assert_close(
+        *(logits(m, input_ids, position_ids=positions) for m in (compiled, patched)), **TOLERANCE
+    )
 
 
 # Saving

@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from test_dequantize_gguf import file, original  # noqa: F401  fixtures that write a tiny GGUF file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from modeling_longnet.patching import SETTINGS_NAME, is_patched, load_patched_model, patch_model, unpatch_model
 
@@ -50,11 +58,11 @@ def tokenizer():
 def record_steps(trainer) -> tuple[list[dict], list[float]]:
     """What each training step of `trainer` is given, and the loss that comes out."""
     batches, losses = [], []
-    original = trainer.training_step
+    step = trainer.training_step
 
     def training_step(model, inputs, *args, **kwargs):
         batches.append({name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)})
-        loss = original(model, inputs, *args, **kwargs)
+        loss = step(model, inputs, *args, **kwargs)
         losses.append(float(loss.detach()))
         return loss
 
@@ -258,3 +266,18 @@ def test_bfloat16_training_follows_float32():
     actual = loop_by_hand(half, [batch] * 3)
     assert actual[2] < actual[0]
     assert max(abs(a - b) / b for a, b in zip(actual, expected)) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT looks for one, a GGUF file has none
+def test_gguf_bases_are_trained_and_only_their_adapters_saved(file, tmp_path):  # noqa: F811
+    source, ids = {"gguf_file": file.name, "dtype": torch.float32}, torch.randint(0, 11, (2, 40))
+    base = patch_model(AutoModelForCausalLM.from_pretrained(file.parent, **source), *SCHEDULE)
+    with pytest.raises(ValueError, match="dequantize_gguf"):
+        base.save_pretrained(tmp_path / "model")
+    model = lora(base)
+    loss = loop_by_hand(model, [{"input_ids": ids, "labels": ids}] * 3)
+    assert loss[2] < loss[0]
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_patched_model(tmp_path / "adapter", base_model=file.parent, **source)
+    torch.testing.assert_close(logits(loaded, ids), expected, **TOLERANCE)
