@@ -111,9 +111,10 @@ def _prepare_trainer_loader(sp, original, loader, *args, **kwargs):
 
 
 def _compute_loss(sp, trainer, original, model, inputs, *args, num_items_in_batch=None, **kwargs):
-    """Evaluation of SFTTrainer gives no number of targets, and would average each rank's own ones."""
-    if num_items_in_batch is None and "labels" in inputs:
-        num_items_in_batch = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+    """In evaluation the number of targets may be left out; each rank would then divide by that of its own ones."""
+    if num_items_in_batch is None and "num_items_in_batch" in inputs:
+        # The trainer multiplies by the number of processes; the mean over the group is then that of all its targets.
+        num_items_in_batch = inputs["num_items_in_batch"] * trainer.accelerator.num_processes
     return original(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
 
 
