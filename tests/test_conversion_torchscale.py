@@ -1,4 +1,4 @@
-"""torchscale's checkpoints: the original's outputs, there and back bit by bit, and what has no counterpart is refused."""
+"""torchscale's checkpoints: the original's outputs, there and back bit by bit; what has no counterpart is refused."""
 
 import json
 from pathlib import Path
