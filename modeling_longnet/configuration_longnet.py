@@ -111,6 +111,15 @@ class LongNetConfig(PreTrainedConfig):
 
     model_type = "longnet"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # The sub-LayerNorms need all heads and the whole inner width, so outputs are gathered before them.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise_gather_output",
+        "layers.*.self_attn.k_proj": "colwise_gather_output",
+        "layers.*.self_attn.v_proj": "colwise_gather_output",
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
+        "layers.*.mlp.fc1": "colwise_gather_output",
+        "layers.*.mlp.fc2": "rowwise_split_input",
+    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +31,6 @@ from modeling_longnet import (
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
     LongNetModel,
-    dilated_attention_reference,
 )
 
 
@@ -404,6 +405,7 @@ def test_a_saved_model_opens_where_the_package_is_not_installed(tmp_path):
     files = {path.name for path in (tmp_path / "model").glob("*.py")}
     code = f"""
 import sys
+from pathlib import Path
 sys.modules["modeling_longnet"] = None
 sys.path = [p for p in sys.path if p not in ("", {str(modeling_longnet.__path__[0])!r})]
 import torch
@@ -552,16 +554,27 @@ def test_compiled_equals_plain():
 
 
 def test_public_names_are_frozen():
-    names = {
+    assert set(modeling_longnet.__all__) == {
         "DilationSchedule", "LongNetConfig", "LongNetForCausalLM", "LongNetForMaskedLM", "LongNetForQuestionAnswering",
         "LongNetForSequenceClassification", "LongNetForTokenClassification", "LongNetModel", "LongNetPreTrainedModel",
-        "__version__", "dilated_attention", "dilated_attention_reference",
+        "LongNetSlideEncoderConfig", "LongNetSlideEncoderModel", "__version__", "dilated_attention",
+        "dilated_attention_reference",
     }  # fmt: skip
-    assert names <= set(modeling_longnet.__all__)
-    assert modeling_longnet.dilated_attention_reference is dilated_attention_reference
+    assert all(hasattr(modeling_longnet, name) for name in modeling_longnet.__all__)
 
 
 def test_the_cache_is_returned_on_demand():
     model = base_model({})
     assert isinstance(model(tokens(1, 5)).past_key_values, DynamicCache)
     assert model(tokens(1, 5), use_cache=False).past_key_values is None
+
+
+def test_tensor_parallel_equals_whole(tmp_path):
+    LongNetForCausalLM(tiny_config(num_key_value_heads=2, vocab_size=62)).save_pretrained(tmp_path)
+    worker = Path(__file__).parent / "workers/tensor_parallel.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(modeling_longnet.__file__).parent.parent)
+    done = subprocess.run([*launch, str(worker), str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
