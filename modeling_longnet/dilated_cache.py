@@ -42,13 +42,15 @@ class Step:
     """What one forward pass needs, the same for all layers.
 
     query_length: Q. first: position of each row's first new token that is no padding [B]. new_pads: padding columns
-    before it, in this forward [B]. pads: the same in all that waits for a `crop` and this forward [B].
+    before it, in this forward [B]. pads: the same in all that waits for a `crop` and this forward [B]. is_padded: whether
+    there may be any in this forward.
     """
 
     query_length: int
     first: torch.Tensor
     new_pads: torch.Tensor
     pads: torch.Tensor
+    is_padded: bool
     places: tuple[list[int], list[int]] | None = None
     decoding: list[tuple] = field(default_factory=list)
     sources: list[tuple] = field(default_factory=list)
@@ -85,13 +87,13 @@ class Clock:
         if len(self.positions) != batch:
             raise ValueError(f"`past_key_values` holds {len(self.positions)} rows, got a batch of {batch}.")
         self.make_room(query_length)
-        first = self.positions + self.waiting - self.pads
+        first = self.next_positions()
         if ids is None:
             new_pads = torch.zeros_like(first)
         else:
             check_padding(ids, self.waiting > self.pads)
             new_pads = (ids < 0).sum(-1)
-        self.step = Step(query_length, first, new_pads, self.pads + new_pads)
+        self.step = Step(query_length, first, new_pads, self.pads + new_pads, ids is not None)
         return self.step
 
     def end(self, recording: bool) -> None:
@@ -104,6 +106,21 @@ class Clock:
             self.positions.add_(self.waiting + step.query_length - step.pads)
             self.pads.zero_()
             self.waiting = 0
+
+    def next_positions(self) -> torch.Tensor:
+        """Tokens that each row has had, [B]."""
+        return self.positions + self.waiting - self.pads
+
+    def check_positions(self, position_ids: torch.Tensor | None, ids: torch.Tensor | None) -> None:
+        """Refuses tokens whose `position_ids` [B, Q] say that a new document begins where a row's text should go on."""
+        if position_ids is None or self.positions is None or torch.compiler.is_compiling():
+            return
+        restarts = position_ids < self.next_positions().to(position_ids.device)[:, None]
+        if bool((restarts if ids is None else restarts & (ids >= 0).all(1, keepdim=True)).any()):
+            raise ValueError(
+                "`position_ids` must go on where the row's text in `past_key_values` ends: a bounded cache holds one "
+                "document per row. Call `reset()` before a new one."
+            )
 
     def make_room(self, query_length: int) -> None:
         """Lets a cache that was made with `max_length` grow before `query_length` more tokens come."""
@@ -149,8 +166,11 @@ class DilatedLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, schedule: DilationSchedule, clock: Clock, max_length: int | None, heads_per_key: int):
+    def __init__(
+        self, schedule: DilationSchedule, clock: Clock, max_length: int | None, heads_per_key: int, layer_idx: int = 0
+    ):
         super().__init__()
+        self.layer_idx = layer_idx
         self.schedule, self.clock, self.heads_per_key = schedule, clock, heads_per_key
         self.max_length = max_length if max_length and max_length < max(schedule.segment_lengths) else None
         self.is_first = self.is_last = False
@@ -218,7 +238,7 @@ class DilatedLayer(CacheLayerMixin):
 
         Args:
             query: [B, H, Q, D]. key, value: [B, G, Q, D].
-            ids: integers [B, Q], negative for padding, which may only precede a row's first token.
+            ids: integers [B, Q], negative for padding, which lies before the tokens; the first layer reads it.
 
         Returns:
             [B, H, Q, D]; zeros for padding.
@@ -235,20 +255,21 @@ class DilatedLayer(CacheLayerMixin):
         step = clock.begin(len(query), query.shape[2], ids) if self.is_first else clock.step
         wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         if query.shape[2] == 1 and not self.record_past and not clock.waiting and not wants_grad:
-            out = self._decode(step, query, key, value, None if ids is None else ids[:, 0] < 0, scale)
+            out = self._decode(step, query, key, value, scale)
         else:
             out = self._attend_chunk(step, query, key, value, scale, backend)
         if self.is_last:
             clock.end(self.record_past)
         return out
 
-    def _decode(self, step, query, key, value, padding, scale) -> torch.Tensor:
+    def _decode(self, step, query, key, value, scale) -> torch.Tensor:
         def tables():
             positions = step.first.to(self.device)
             live = self.layout.live(positions, self.tables)
             targets = self.layout.targets(positions, self.tables)
             blind = None if self.schedule.selects_every_query else ~live.any(-1)
-            if padding is not None:
+            if step.is_padded:
+                padding = step.new_pads.to(self.device) > 0
                 targets = torch.where(padding[:, None, None], self.layout.spill, targets)
                 blind = padding[:, None].expand(live.shape[:2]) if blind is None else blind | padding[:, None]
             bias = torch.zeros((), dtype=query.dtype, device=self.device).where(live, -torch.inf)
@@ -397,7 +418,7 @@ class DilatedCache(Cache):
         layers = list(DynamicCache(config=config).layers) if len(patched) < config.num_hidden_layers else []
         layers += [None] * (config.num_hidden_layers - len(layers))
         for index in patched:
-            layers[index] = DilatedLayer(self.schedule, self.clock, max_length, heads_per_key)
+            layers[index] = DilatedLayer(self.schedule, self.clock, max_length, heads_per_key, index)
         super().__init__(layers=layers)
         self.dilated_layers = self.clock.layers = [layers[index] for index in patched]
         self.dilated_layers[0].is_first = self.dilated_layers[-1].is_last = True
@@ -405,11 +426,6 @@ class DilatedCache(Cache):
     @property
     def _plain_layers(self) -> list:
         return [layer for layer in self.layers if not isinstance(layer, DilatedLayer)]
-
-    def next_positions(self, device: torch.device) -> torch.Tensor | int:
-        """Tokens that each row has had, [B, 1]; 0 for a new cache."""
-        clock = self.clock
-        return 0 if clock.positions is None else (clock.positions + clock.waiting - clock.pads).to(device)[:, None]
 
     def read_documents(
         self,
@@ -430,26 +446,14 @@ class DilatedCache(Cache):
             attention_mask, position_ids, batch_size=batch_size, query_length=query_length, query_offset=0,
             key_length=query_length, device=device,
         )  # fmt: skip
-        past = self.next_positions(device)
-        if position_ids is not None:
-            self.check_positions(position_ids, documents.ids, past)
-        positions = documents.positions + past
+        self.clock.check_positions(position_ids, documents.ids)
+        if self.clock.positions is None:
+            return documents
+        positions = documents.positions + self.clock.next_positions().to(device)[:, None]
         if documents.ids is not None:
             real = documents.ids if documents.order is None else restore_order(documents.ids, documents.order, 1)
             positions = positions.masked_fill(real < 0, 0)
         return documents._replace(positions=positions)
-
-    @staticmethod
-    def check_positions(position_ids: torch.Tensor, ids: torch.Tensor | None, past: torch.Tensor | int) -> None:
-        """Refuses tokens whose `position_ids` [B, Q] say that a new document begins in a row with a past [B, 1]."""
-        if torch.compiler.is_compiling() or isinstance(past, int):
-            return
-        restarts = position_ids < past
-        if bool((restarts if ids is None else restarts & (ids >= 0).all(1, keepdim=True)).any()):
-            raise ValueError(
-                "`position_ids` must go on where the row's text in `past_key_values` ends: a bounded cache holds one "
-                "document per row. Call `reset()` before a new one."
-            )
 
     def attention_forward(
         self,
@@ -481,9 +485,10 @@ class DilatedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         # Patched and plain layers share a mask: it has to cover what the plain ones keep.
-        for layer in self._plain_layers:
-            if not layer.is_sliding and not self.layers[layer_idx].is_sliding:
-                return layer.get_mask_sizes(query_length)
+        if isinstance(self.layers[layer_idx], DilatedLayer):
+            for layer in self._plain_layers:
+                if isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False):
+                    return layer.get_mask_sizes(query_length)
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -550,7 +555,7 @@ class DilatedCache(Cache):
         return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
 
 
-def prepare_dilated_cache(generation_config, model_kwargs: dict, config, max_cache_length: int) -> bool:
+def prepare_dilated_cache(model, generation_config, model_kwargs: dict, batch_size: int, max_cache_length: int) -> bool:
     """Puts a DilatedCache into the arguments of `generate`, unless another cache, or weights of all keys, are wanted."""
     if (
         model_kwargs.get("past_key_values") is not None
@@ -559,10 +564,21 @@ def prepare_dilated_cache(generation_config, model_kwargs: dict, config, max_cac
         or generation_config.output_attentions
     ):
         return False
+    config = model.config
     cache = DilatedCache(config, max_length=max(1, max_cache_length))
     if generation_config.is_assistant:
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
+    if generation_config.prefill_chunk_size and model._valid_auto_compile_criteria(model_kwargs, generation_config):
+        # The first forward is compiled, and tensors that live on cannot be made in there.
+        heads = config.num_attention_heads
+        cache.early_initialization(
+            batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1),
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            model.dtype,
+            model.device,
+        )
     return True
 
 

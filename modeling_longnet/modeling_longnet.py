@@ -333,6 +333,10 @@ class LongNetPreTrainedModel(PreTrainedModel):
         "attentions": LongNetAttention,
     }
 
+    def __init__(self, config: LongNetConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        self.add_model_tags(["longnet", "dilated-attention"])
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
         names = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]

@@ -13,6 +13,7 @@ The settings of a patch live in `config.dilated_attention`, nowhere else: a mode
 """
 
 import contextlib
+import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,17 +27,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .dilated_attention import dilated_attention
+from .dilated_cache import DilatedLayer
 
 
 logger = logging.get_logger(__name__)
 
+# Code that was loaded from the Hub may be of another version than the package, or than that of another repository: each
+# copy registers its functions under names of its own.
+_COPY = "" if __package__ == "modeling_longnet" else "_" + hashlib.sha256(__name__.encode()).hexdigest()[:8]
 # The name tells what the layers that are left alone run. "flash" or "sdpa" in a name means something to Transformers.
 IMPLEMENTATIONS = {
-    "sdpa": "dilated",
-    "eager": "dilated_over_eager",
-    "flex_attention": "dilated_over_flex",
-    "flash_attention_2": "dilated_over_fa2",
-    "flash_attention_3": "dilated_over_fa3",
+    "sdpa": "dilated" + _COPY,
+    "eager": "dilated_over_eager" + _COPY,
+    "flex_attention": "dilated_over_flex" + _COPY,
+    "flash_attention_2": "dilated_over_fa2" + _COPY,
+    "flash_attention_3": "dilated_over_fa3" + _COPY,
 }
 ORIGINALS = {name: original for original, name in IMPLEMENTATIONS.items()}
 
@@ -167,7 +172,9 @@ def dilated_mask(
         raise ValueError("this forward adds its own function to the causal mask, which a patched model cannot read.")
     device = attention_mask.device if attention_mask is not None else torch.device(device)
     if attention_mask is not None:
-        ids = _padding_ids(attention_mask, kv_length)
+        # A bounded cache asks for the new tokens alone: what came before is its own affair.
+        covers_past = isinstance(kv_offset, int) and kv_offset == 0
+        ids = _padding_ids(attention_mask if covers_past else attention_mask[:, -kv_length:], kv_length)
     elif mask_function is not causal_mask_function and kv_length > 1:
         if q_length != kv_length:
             raise ValueError("this forward uses a mask that is not the causal one, which a patched model cannot read.")
@@ -305,11 +312,62 @@ def _patched_settings(module: torch.nn.Module) -> dict:
     return settings
 
 
-def run_dilated(module, query, key, value, mask, settings: dict, dropout, scaling, **kwargs) -> torch.Tensor:
-    """Dilated attention over plain keys: query [B, H, Q, D], key and value [B, G, N, D] -> out [B, H, Q, D]."""
-    reason = unsupported_reason(module, query, key, value, kwargs)
+def _refuse_unsupported(module, query, key, value, arguments: dict) -> None:
+    reason = unsupported_reason(module, query, key, value, arguments)
     if reason:
         raise ValueError(f"layer {module.layer_idx} is patched with dilated attention, but {reason}.")
+
+
+def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
+    native = getattr(config, "max_position_embeddings", None)
+    if native and length > native and not settings["rope_scaling"]:
+        logger.warning_once(
+            f"{length} tokens asked of a model whose native context is {native}, without position scaling: expect poor "
+            "predictions beyond it. Patch with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
+        )
+
+
+def run_bounded(
+    module, query, key, value, mask, settings: dict, layer: DilatedLayer, dropout, scaling, **kwargs
+) -> torch.Tensor:
+    """Dilated attention with a bounded cache: query [B, H, Q, D], key and value [B, G, Q, D] -> out [B, H, Q, D]."""
+    _refuse_unsupported(module, query, key, value, kwargs)
+    if dropout:
+        raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
+    if layer.layer_idx != module.layer_idx:
+        raise ValueError(
+            f"layer {module.layer_idx} reads the keys of layer {layer.layer_idx}, which a bounded cache cannot share: "
+            "pass `past_key_values=DynamicCache(config=model.config)`."
+        )
+    ids = None
+    if layer.is_first:
+        if mask is not None and not is_compact_mask(mask):
+            raise ValueError(f"`attention_mask` must be a 2-D mask [B, N] in a patched model, got {tuple(mask.shape)}.")
+        if mask is not None:
+            ids = mask[:, 0, 0, -query.shape[2] :].long()
+        if not torch.compiler.is_compiling():
+            ids = ids if ids is not None and bool((ids < 0).any()) else None
+            layer.clock.check_positions(kwargs.get("position_ids"), ids)
+            _refuse_packing(kwargs.get("position_ids"), ids)
+            _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
+    first_head, total_heads = head_slice(module, query.shape[1])
+    return layer.attend(
+        query, key, value, ids, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        backend=settings["backend"], head_index_offset=first_head, total_num_heads=total_heads,
+    )  # fmt: skip
+
+
+def _refuse_packing(position_ids: torch.Tensor | None, ids: torch.Tensor | None) -> None:
+    if position_ids is None:
+        return
+    jumps = position_ids.diff(dim=1) != 1
+    if bool((jumps if ids is None else jumps & (ids[:, 1:] >= 0) & (ids[:, :-1] >= 0)).any()):
+        raise ValueError("`position_ids`: a bounded cache holds one document per row, got several in one.")
+
+
+def run_dilated(module, query, key, value, mask, settings: dict, dropout, scaling, **kwargs) -> torch.Tensor:
+    """Dilated attention over plain keys: query [B, H, Q, D], key and value [B, G, N, D] -> out [B, H, Q, D]."""
+    _refuse_unsupported(module, query, key, value, kwargs)
     query_length, length = query.shape[2], key.shape[2]
     if mask is None:
         mask = dilated_mask(len(query), query_length, length, length - query_length, device=query.device)
@@ -319,12 +377,7 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
             f"`attention_mask` must be a 2-D mask [B, N] in a patched model, got {shape} for {length} keys: the "
             "schedule decides what each token sees, a mask of pairs would contradict it."
         )
-    native = getattr(module.config, "max_position_embeddings", None)
-    if native and length > native and not settings["rope_scaling"]:
-        logger.warning_once(
-            f"{length} tokens asked of a model whose native context is {native}, without position scaling: expect poor "
-            "predictions beyond it. Patch with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
-        )
+    _warn_beyond_native_context(module.config, length, settings)
     layout = layout_of(mask, kwargs.get("position_ids"), query_length)
     first_head, total_heads = head_slice(module, query.shape[1])
     return dilated_attention(
@@ -369,7 +422,11 @@ def make_attention_function(original: str) -> Callable:
             return run_original(
                 original, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        out = run_dilated(module, query, key, value, attention_mask, settings, dropout, scaling, **kwargs)
+        layer = getattr(key, "dilated_layer", None)
+        if layer is not None:
+            kwargs["layer"] = layer
+        run = run_dilated if layer is None else run_bounded
+        out = run(module, query, key, value, attention_mask, settings, dropout=dropout, scaling=scaling, **kwargs)
         return out.transpose(1, 2).contiguous(), None
 
     return dilated_attention_forward

@@ -11,6 +11,7 @@ Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, 
 """
 
 import functools
+import importlib
 import importlib.util
 import json
 import types
@@ -19,10 +20,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from .dilated_cache import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule
+from .model_card import TAGS, upload_with_card
 from .patch_report import PatchReport, make_report
 from .patched_attention import IMPLEMENTATIONS, ORIGINALS, AttentionCall, probing
 from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
@@ -34,6 +37,10 @@ SETTINGS_NAME = "dilated_attention.json"
 SETTINGS = (
     "segment_lengths", "dilation_rates", "head_offsets", "overlap", "num_sink_tokens", "local", "layers", "backend",
     "rope_scaling",
+)  # fmt: skip
+INSTANCE_ATTRIBUTES = (
+    "_undo_dilated_attention", "_supports_flash_attn", "save_pretrained", "_prepare_cache_for_generation",
+    "dilated_attention_report",
 )  # fmt: skip
 DEQUANTIZE_ADVICE = (
     "Transformers cannot write this quantized model. Save a plain copy of it first (for GGUF: "
@@ -54,7 +61,7 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the model runs dilated attention by a patch."""
-    return _unwrap(model).config._attn_implementation in ORIGINALS
+    return _unwrap(model).config._attn_implementation.startswith("dilated")
 
 
 def _refuse_model(model: PreTrainedModel) -> None:
@@ -222,6 +229,10 @@ def patch_model(
     # Continuous batching would otherwise switch to dense flash attention with no more than a warning.
     base._supports_flash_attn = False
     base.save_pretrained = types.MethodType(_save_pretrained, base)
+    base._upload_modified_files = types.MethodType(upload_with_card, base)
+    base.add_model_tags(list(TAGS))
+    if isinstance(base, GenerationMixin):
+        base._prepare_cache_for_generation = types.MethodType(_prepare_cache_for_generation, base)
     _record_in_adapters()
     base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
     logger.info(str(base.dilated_attention_report))
@@ -237,11 +248,18 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     base = _unwrap(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched.")
-    original = ORIGINALS[base.config._attn_implementation]
+    original = ORIGINALS.get(base.config._attn_implementation)
+    if original is None:
+        raise ValueError(
+            f"{type(base).__name__} was patched by code that came with it from the Hub: load it without "
+            "`trust_remote_code` to have the original."
+        )
     for step in getattr(base, "_undo_dilated_attention", ()):
         step()
-    for name in ("_undo_dilated_attention", "_supports_flash_attn", "save_pretrained", "dilated_attention_report"):
+    for name in INSTANCE_ATTRIBUTES:
         base.__dict__.pop(name, None)
+    base.__dict__.pop("_upload_modified_files", None)
+    base.model_tags = [tag for tag in base.model_tags or () if tag not in TAGS] or None
     del base.config.dilated_attention
     base.set_attn_implementation(original)
     return model
@@ -270,6 +288,16 @@ def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
     return result
 
 
+def _prepare_cache_for_generation(
+    self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+) -> None:
+    """`generate` runs in memory that does not grow with the text; `cache_implementation="dynamic"` keeps it all."""
+    if not prepare_dilated_cache(self, generation_config, model_kwargs, batch_size, max_cache_length):
+        type(self)._prepare_cache_for_generation(
+            self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+
 def _record_in_adapters() -> None:
     """Have `PeftModel.save_pretrained` write the settings beside an adapter whose base model is patched.
 
@@ -278,8 +306,8 @@ def _record_in_adapters() -> None:
     """
     if importlib.util.find_spec("peft") is None:
         return
-    from peft import PeftModel
-
+    # No import statement: what those name, Transformers demands of all who load this code from the Hub.
+    PeftModel = importlib.import_module("peft").PeftModel
     original = PeftModel.save_pretrained
     if hasattr(original, "records_dilated_attention"):
         return
@@ -333,8 +361,6 @@ def load_patched_model(
         if settings is None:
             raise ValueError(f"{path_or_repo} was not saved from a patched model: load it and call `patch_model`.")
         return patch_model(model, **_check_settings(settings, str(path_or_repo)))
-    from peft import PeftModel
-
     settings = find(SETTINGS_NAME)
     if settings is None:
         raise ValueError(f"the adapter {path_or_repo} has no {SETTINGS_NAME}: it was not saved from a patched model.")
@@ -345,4 +371,5 @@ def load_patched_model(
     if hub.get("revision"):
         kwargs = {name: value for name, value in kwargs.items() if name != "revision"}
     model = patch_model(auto_class.from_pretrained(base_model, **kwargs), **settings)
-    return PeftModel.from_pretrained(model, str(path_or_repo), is_trainable=is_trainable, **hub)
+    peft_model = importlib.import_module("peft").PeftModel
+    return peft_model.from_pretrained(model, str(path_or_repo), is_trainable=is_trainable, **hub)
