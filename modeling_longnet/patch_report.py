@@ -23,6 +23,7 @@ class PatchReport:
         kv_bytes_per_token: what a plain cache stores for a token, in all layers; a patch does not change that.
         bounded_kv_bytes_per_token: what a bounded cache stores, in a text of `reach` tokens, per token: the layers left
             alone grow, the patched ones hold a fixed number of rows.
+        unread_offsets: per dilation rate, the offsets that no head has: positions which those patterns never read.
         rope_scaling: the scaled rope parameters given, if any.
     """
 
@@ -37,6 +38,7 @@ class PatchReport:
     dense_keys_per_query: float
     kv_bytes_per_token: int
     bounded_kv_bytes_per_token: float
+    unread_offsets: dict[int, list[int]]
     rope_scaling: dict | None
 
     def __str__(self) -> str:
@@ -53,6 +55,9 @@ class PatchReport:
             f"  KV bytes/token  {self.kv_bytes_per_token} -> {self.kv_bytes_per_token} with a plain cache, "
             f"{self.bounded_kv_bytes_per_token:.0f} with a bounded one over {self.reach}",
         ]
+        if self.unread_offsets:
+            unread = ", ".join(f"{len(missing)} of {rate}" for rate, missing in self.unread_offsets.items())
+            lines.append(f"  unread          {unread} offsets: there are more than heads to read them")
         return "\n".join(lines)
 
 
@@ -103,5 +108,6 @@ def make_report(
         dense_keys_per_query=(reach + 1) / 2,
         kv_bytes_per_token=per_token,
         bounded_kv_bytes_per_token=at_reach / reach,
+        unread_offsets=schedule.unread_offsets(model.config.num_attention_heads),
         rope_scaling=rope_scaling,
     )

@@ -120,6 +120,11 @@ def test_report_names_what_was_done(model):
     assert "llama: dilated attention in 2 of 3 layers" in str(done) and "layer 1 left alone" in str(done)
 
 
+def test_report_tells_what_no_head_reads(model):
+    done = report(patch_model(model, [8, 32], [1, 5]))
+    assert done.unread_offsets == {5: [4]} and "1 of 5 offsets" in str(done)
+
+
 def test_tokens_see_what_the_schedule_says(model):
     """One layer: the gradient of a token's output by the embeddings is non-zero exactly where some head attends."""
     model = patch_model(tiny_llama(num_hidden_layers=1), *SCHEDULE, num_sink_tokens=2)

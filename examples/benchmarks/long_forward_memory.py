@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.smollm2 import smollm2_135m
-from modeling_longnet.patching import patch_model, report
+from modeling_longnet.patching import patch_model
 
 
 MIB = 2**20
@@ -31,12 +31,13 @@ SMOLLM2_SHAPE = {
 }  # fmt: skip
 
 
-def load(model: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A folder or Hub id; "random" for random weights in the shape of SmolLM2-135M."""
+def load(model: str, num_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A folder or Hub id, or "random" for random weights in the shape of SmolLM2-135M; its first layers, or all."""
+    depth = {} if num_layers is None else {"num_hidden_layers": num_layers}
     if model == "random":
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).to(device, dtype).eval()
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        return LlamaForCausalLM(LlamaConfig(**(SMOLLM2_SHAPE | depth))).to(device, dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **depth).to(device).eval()
 
 
 def _reset_peak(device: str) -> int:
@@ -56,9 +57,9 @@ def _peak(device: str) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def read(model: str, length: int, settings: dict, dtype: torch.dtype, device: str) -> dict:
+def read(model: str, num_layers: int | None, length: int, settings: dict, dtype: torch.dtype, device: str) -> dict:
     """Patch, read `length` random tokens in one forward, and tell the peak memory and the time."""
-    patched = patch_model(load(model, dtype, device), **settings)
+    patched = patch_model(load(model, num_layers, dtype, device), **settings)
     tokens = torch.randint(0, patched.config.vocab_size, (1, length), device=device)
     with torch.inference_mode():
         patched(tokens[:, :64], logits_to_keep=1, use_cache=False)  # one-time allocations of the libraries
@@ -72,7 +73,6 @@ def read(model: str, length: int, settings: dict, dtype: torch.dtype, device: st
         "peak_mib": _peak(device) / MIB,
         "working_mib": (_peak(device) - before) / MIB,
         "seconds": seconds,
-        "report": str(report(patched)),
     }
 
 
@@ -94,6 +94,9 @@ def plot(result: dict, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None, help="folder or Hub id; default SmolLM2-135M, else 'random'")
+    parser.add_argument(
+        "--num-layers", type=int, help="keep only the first layers: quicker, and they run one after another"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--segment-lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--dilation-rates", type=int, nargs="+", default=[1, 4, 16])
@@ -109,27 +112,26 @@ def main(arguments: list[str] | None = None) -> dict:
     settings = {"segment_lengths": options.segment_lengths, "dilation_rates": options.dilation_rates}
     if max(options.lengths) > NATIVE_CONTEXT:
         settings["rope_scaling"] = {"rope_type": "yarn", "factor": max(options.lengths) / NATIVE_CONTEXT}
-    rows = []
+    print("  tokens  model MiB   peak MiB  working MiB  KiB/token  seconds")
+    rows, fixed = [], (settings, getattr(torch, options.dtype), options.device)
     # A process that read a longer text before keeps freed memory; each length gets its own.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for length in tqdm(sorted(options.lengths), desc="lengths", disable=None):
-            row = pool.submit(
-                read, options.model, length, settings, getattr(torch, options.dtype), options.device
-            ).result()
-            text = row.pop("report")
-            if not rows:
-                print(text)
-                print(
-                    f"{'tokens':>8} {'model MiB':>10} {'peak MiB':>10} {'working MiB':>12} {'KiB/token':>10} {'seconds':>8}"
-                )
+            row = pool.submit(read, options.model, options.num_layers, length, *fixed).result()
             rows.append(row)
             print(
                 f"{length:>8} {row['model_mib']:>10.0f} {row['peak_mib']:>10.0f} {row['working_mib']:>12.0f} "
                 f"{row['working_mib'] * 1024 / length:>10.1f} {row['seconds']:>8.1f}",
                 flush=True,
             )
-    model = options.model if options.model == "random" else Path(options.model).name
-    result = {"model": model, "dtype": options.dtype, "settings": settings, "rows": rows, "provenance": provenance()}
+    result = {
+        "model": options.model if options.model == "random" else Path(options.model).name,
+        "num_layers": options.num_layers,
+        "dtype": options.dtype,
+        "settings": settings,
+        "rows": rows,
+        "provenance": provenance(),
+    }
     write_json(options.output, result)
     plot(result, options.output.with_suffix(".png"))
     return result
