@@ -558,7 +558,7 @@ def test_public_names_are_frozen():
         "DilationSchedule", "LongNetConfig", "LongNetForCausalLM", "LongNetForMaskedLM", "LongNetForQuestionAnswering",
         "LongNetForSequenceClassification", "LongNetForTokenClassification", "LongNetModel", "LongNetPreTrainedModel",
         "LongNetSlideEncoderConfig", "LongNetSlideEncoderModel", "__version__", "dilated_attention",
-        "dilated_attention_reference",
+        "dilated_attention_reference", "make_model_card",
     }  # fmt: skip
     assert all(hasattr(modeling_longnet, name) for name in modeling_longnet.__all__)
 
