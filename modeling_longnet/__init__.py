@@ -19,6 +19,7 @@ from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
 from .dilation_schedule import DilationSchedule
+from .model_card import make_model_card, upload_with_card
 from .modeling_longnet import (
     LongNetForCausalLM,
     LongNetForMaskedLM,
@@ -48,6 +49,8 @@ for _model_class, _auto_class in _AUTO_CLASSES.items():
     _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
     _model_class.register_for_auto_class(_auto_class.__name__)
 
+LongNetPreTrainedModel._upload_modified_files = upload_with_card  # not in the model's file: it need not travel
+
 __all__ = [
     "DilationSchedule",
     "LongNetConfig",
@@ -63,4 +66,5 @@ __all__ = [
     "__version__",
     "dilated_attention",
     "dilated_attention_reference",
+    "make_model_card",
 ]

@@ -333,8 +333,8 @@ class LongNetPreTrainedModel(PreTrainedModel):
         "attentions": LongNetAttention,
     }
 
-    def __init__(self, config: LongNetConfig, *inputs, **kwargs):
-        super().__init__(config, *inputs, **kwargs)
+    def post_init(self):
+        super().post_init()
         self.add_model_tags(["longnet", "dilated-attention"])
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:

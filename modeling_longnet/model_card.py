@@ -1,0 +1,221 @@
+"""The model card of a LongNet or a patched model: its schedule as a table and as a picture, and how to load it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
+
+from .dilation_schedule import DilationSchedule
+
+
+TAGS = ("longnet", "dilated-attention")
+# What Transformers writes where a repository has no card yet.
+AUTOMATIC_CARD = "This model card has been automatically generated."
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+TEXT = """
+# {name}
+
+{intro}
+
+## Schedule
+
+{table}
+
+{options}
+
+The longest segment ({length} tokens), cut into {cells} stretches of {cell} tokens: rows are queries, columns are keys.
+A letter names the densest pattern in which tokens of the two stretches see each other{sinks}.
+
+```text
+{picture}
+```
+
+## How to load
+
+```python
+{example}
+```
+
+{loading}
+
+{evaluation}## License and source
+
+{license} The code files are licensed under Apache-2.0. Dilated attention is due to
+[LongNet: Scaling Transformers to 1,000,000,000 Tokens](https://arxiv.org/abs/2307.02486).
+"""
+
+LOADING_LONGNET = """The repository holds the model's code, which `trust_remote_code=True` lets run (read it first).
+With the package longnet-transformers installed, `import modeling_longnet` before loading replaces that."""
+
+LOADING_PATCHED = """Loaded in any other way (a plain `from_pretrained`, a server with attention of its own), it is the
+original model with dense attention. With the package longnet-transformers installed, `load_patched_model` of
+`modeling_longnet.patching` loads it patched."""
+
+
+def schedule_in(config) -> tuple[DilationSchedule, bool]:
+    """The schedule of a configuration, and whether a patch set it.
+
+    Raises:
+        ValueError: a configuration without one.
+    """
+    settings = getattr(config, "dilated_attention", None)
+    if settings is not None:
+        options = {name: settings[name] for name in ("head_offsets", "overlap", "num_sink_tokens", "local")}
+        return DilationSchedule(tuple(settings["segment_lengths"]), tuple(settings["dilation_rates"]), **options), True
+    if not hasattr(config, "dilation_schedule"):
+        raise ValueError(f"`model` must be a LongNet or a patched model, got one of {type(config).__name__}.")
+    return config.dilation_schedule, False
+
+
+def draw_schedule(schedule: DilationSchedule, cells: int = 32) -> str:
+    r"""Who sees whom, in text: rows are queries, columns keys, a letter the densest pattern that joins two cells.
+
+    For segments 8, 16, 32 at rates 1, 2, 4 over 8 cells of 4 tokens each:
+
+        aa
+        aaaa
+        bbbbaa
+        bbbbaaaa
+        ccccccccaa
+        ccccccccaaaa
+        ccccccccbbbbaa
+        ccccccccbbbbaaaa
+
+    Letters stand twice, so that the picture is about square. "s" stands where only the sink tokens are seen.
+    """
+    length = schedule.segment_lengths[-1]
+    cells = min(cells, length)
+
+    def joins(pattern: int, first: int, later: int) -> bool:
+        """Whether a pattern holds a token of cell `first` and one of cell `later` in one segment or window."""
+        if first == later:
+            return True
+        last_token, next_token = length * (first + 1) // cells - 1, length * later // cells
+        if pattern == 0 and schedule.window:
+            return next_token - last_token < schedule.window
+        width = schedule.segment_lengths[pattern]
+        return last_token // width == next_token // width
+
+    def symbol(query: int, key: int) -> str:
+        if schedule.is_causal and key > query:
+            return " "
+        for pattern in range(len(schedule.patterns)):
+            if joins(pattern, min(query, key), max(query, key)):
+                return LETTERS[pattern % len(LETTERS)]
+        return "s" if key == 0 and schedule.num_sink_tokens else "."
+
+    rows = ("".join(2 * symbol(query, key) for key in range(cells)).rstrip() for query in range(cells))
+    return "\n".join(rows)
+
+
+def _describe(schedule: DilationSchedule) -> tuple[str, str]:
+    """The table of patterns, and the options in words."""
+    lines = ["| pattern | segment length | dilation rate | keys per segment and head |", "|---|---|---|---|"]
+    for index, (width, rate) in enumerate(schedule.patterns):
+        name = LETTERS[index % len(LETTERS)]
+        if index == 0 and schedule.window:
+            lines.append(f"| {name} | sliding window of {schedule.window:,} | 1 | {schedule.window:,} |")
+        else:
+            lines.append(f"| {name} | {width:,} | {rate} | {-(-width // rate):,} |")
+    options = (
+        f"{'Causal' if schedule.is_causal else 'Bidirectional'}; head offsets: {schedule.head_offsets}; keys that "
+        f"several patterns offer: {schedule.overlap}; sink tokens: {schedule.num_sink_tokens}; incomplete segments: "
+        f"{schedule.padding}."
+    )
+    return "\n".join(lines), options
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    for ending in ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification",
+                   "ForQuestionAnswering"):  # fmt: skip
+        if type(model).__name__.endswith(ending):
+            return f"AutoModel{ending}"
+    return "AutoModelForCausalLM" if type(model).__name__.endswith("LMHeadModel") else "AutoModel"
+
+
+def _evaluation_section(results: Sequence[EvalResult]) -> str:
+    if not results:
+        return ""
+    lines = ["## Evaluation", "", "| task | dataset | metric | value |", "|---|---|---|---|"]
+    for result in results:
+        cells = (result.task_type, result.dataset_name, result.metric_name or result.metric_type, result.metric_value)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def make_model_card(
+    model: PreTrainedModel,
+    repo_id: str = "user/name",
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    evaluation: Sequence[EvalResult] = (),
+    loads_patched: bool = False,
+) -> ModelCard:
+    """The card of a LongNet, a slide encoder or a patched model; `card.push_to_hub(repo_id)` or `card.save(path)` it.
+
+    Args:
+        model: whose card it is.
+        repo_id: where it will lie: the example of loading says so.
+        license: of the weights, as the Hub names it ("mit"); None says that nobody has told.
+        base_model: what the weights were made from; a patched model's own origin by default.
+        evaluation: results, which stand in the metadata as well, where the Hub reads them.
+        loads_patched: whether the folder comes from `export_patched_model`.
+
+    Raises:
+        ValueError: a model without a schedule.
+    """
+    schedule, patched = schedule_in(model.config)
+    auto_class, name = _auto_class(model), repo_id.rpartition("/")[2]
+    trust = "" if patched and not loads_patched else ", trust_remote_code=True"
+    example = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{repo_id}"{trust})'
+    if patched and not loads_patched:
+        example = (
+            "from modeling_longnet.patching import load_patched_model\n\n" f'model = load_patched_model("{repo_id}")'
+        )
+    origin = getattr(model, "name_or_path", "") if patched else ""
+    data = ModelCardData(
+        library_name="transformers",
+        tags=list(TAGS),
+        license=license,
+        base_model=base_model or (origin if origin and not Path(origin).exists() else None),
+        pipeline_tag="text-generation" if auto_class == "AutoModelForCausalLM" else None,
+        model_name=name if evaluation else None,
+        eval_results=list(evaluation) or None,
+    )
+    table, options = _describe(schedule)
+    extent = "dilated attention"
+    if patched:
+        layers = len(model.config.dilated_attention["layers"])
+        extent += f" in {layers} of its {model.config.num_hidden_layers} layers"
+    intro = f"A {model.config.model_type} model with {extent}: the cost grows in proportion to the text's length."
+    length, cells = schedule.segment_lengths[-1], min(32, schedule.segment_lengths[-1])
+    text = TEXT.format(
+        name=name, intro=intro, table=table, options=options, length=f"{length:,}", cells=cells,
+        cell=f"{length / cells:,.6g}", picture=draw_schedule(schedule, cells), example=example,
+        sinks=', "s" the sink tokens alone' if schedule.num_sink_tokens else "",
+        loading=LOADING_PATCHED if patched else LOADING_LONGNET, evaluation=_evaluation_section(evaluation),
+        license=f"The weights are licensed under {license}." if license else "No license of the weights was given.",
+    )  # fmt: skip
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def upload_with_card(self: PreTrainedModel, working_dir, repo_id: str, *args, **kwargs):
+    """In place of a model's `_upload_modified_files`: a push writes our card where Transformers had only its template.
+
+    A card that somebody wrote, or that lies in the repository already, is left as it is but for the tags.
+    """
+    path = Path(working_dir) / "README.md"
+    if path.is_file() and AUTOMATIC_CARD in path.read_text(encoding="utf-8"):
+        tags = ModelCard.load(path).data.tags or []
+        exported = getattr(type(self), "_auto_class", None) is not None
+        card = make_model_card(self, repo_id, loads_patched=exported)
+        card.data.tags += [tag for tag in tags if tag not in card.data.tags]
+        card.save(path)
+    return PushToHubMixin._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
+
+
+__all__ = ["draw_schedule", "make_model_card"]
