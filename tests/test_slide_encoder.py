@@ -1,5 +1,9 @@
 """The slide encoder: positions in closed form, batches of unequal slides, pooling, and what is refused."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +195,16 @@ def test_every_preset_has_its_published_size(path):
     millions = {"12l-768d": 86.3, "24l-1024d": 304.1, "12l-1536d": 342.5}
     assert len(PRESETS) == 3 and config.segment_lengths == LongNetSlideEncoderConfig().segment_lengths
     assert model.num_parameters() / 1e6 == pytest.approx(millions[path.name.split("encoder-")[1]], abs=0.1)
+
+
+def test_a_whole_slide_fits_in_three_gigabytes(tmp_path):
+    """10,000 tiles through the 12-layer shape in a process of its own: here one layer, as memory holds one at a time."""
+    root = Path(__file__).parent.parent
+    command = ["-m", "examples.benchmarks.slide_encoder_memory", "--tiles", "10000", "--num-layers", "1"]
+    command += ["--output", str(tmp_path / "result.json")]
+    environment = {"PYTHONPATH": str(root), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    weights_of_other_layers = 11 * 7.1e6 * 4 / 1e9
+    assert result["tiles"] == 10_000 and result["peak_gb"] + weights_of_other_layers < 3
