@@ -31,6 +31,15 @@ def _commit() -> str | None:
     return commit.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
+def _command() -> str:
+    """As typed in the root of the checkout, without this machine's folders."""
+    spec = sys.modules["__main__"].__spec__
+    path = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parent.parent
+    script = ["-m", spec.name] if spec else [str(path.relative_to(root)) if path.is_relative_to(root) else path.name]
+    return shlex.join(["python", *script, *sys.argv[1:]])
+
+
 def provenance() -> dict[str, Any]:
     """Hardware, date, commit, command and versions, as plain JSON."""
     cpu = f"{_cpu_name()}, {torch.get_num_threads()} threads"
@@ -38,7 +47,7 @@ def provenance() -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

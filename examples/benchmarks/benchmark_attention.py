@@ -1,0 +1,277 @@
+"""Time and memory of dilated attention, beside the kernels that it is made of and beside dense attention.
+
+    python -m examples.benchmarks.benchmark_attention --mode kernel-ratio   # what the operator adds to its kernels
+    python -m examples.benchmarks.benchmark_attention --mode length         # time per token, 16K to 1M tokens
+    python -m examples.benchmarks.benchmark_attention --mode dense          # against dense attention; on a GPU to 1M
+
+Each mode prints its result and writes NAME.json and NAME.png to --output_dir. What is compared is measured in turns in
+one run, so that other load on the machine meets both sides. Letters: B batch, H heads, N tokens, D head dimension,
+w segment length, r dilation rate.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from examples.reporting import new_figure, provenance, save_figure, write_json
+from modeling_longnet import dilated_attention
+
+
+aten = torch.ops.aten
+Patterns = list[tuple[int, int]]
+
+KERNEL_RATIO = {"length": 16384, "heads": 8, "width": 64, "patterns": [(2048, 1), (4096, 2), (8192, 4), (16384, 8)]}
+LENGTHS = [16384, 65536, 262144, 1_000_000]
+DENSE_LENGTHS = {"cpu": [2048, 4096, 8192, 16384], "cuda": [2**14, 2**15, 2**16, 2**17, 2**18, 2**19, 2**20]}
+
+
+def geometric(length: int, base: int = 2048) -> Patterns:
+    """(base, 1), (2 base, 2), ... until a segment covers `length`: w / r stays the same, so a token costs the same."""
+    patterns = [(base, 1)]
+    while patterns[-1][0] < length:
+        w, r = patterns[-1]
+        patterns.append((2 * w, 2 * r))
+    return patterns
+
+
+def inputs(length: int, heads: int, width: int, dtype: torch.dtype, device: str, grad: bool) -> list[torch.Tensor]:
+    """Query, key and value [1, H, N, D]."""
+    return [torch.randn(1, heads, length, width, dtype=dtype, device=device, requires_grad=grad) for _ in range(3)]
+
+
+def measure(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Seconds of one call by the clock, and on a CPU those that all threads worked, which other load changes less."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began, worked = time.perf_counter(), time.process_time()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[dict[str, float]]]:
+    """Measures each of `runs` `repeats` times, one after the other, after one call of each that does not count."""
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc="measuring", unit="turn"):
+        for name, run in runs.items():
+            times[name].append(measure(run, device))
+    return times
+
+
+def median(times: list[dict[str, float]], key: str = "seconds") -> float:
+    return statistics.median(row[key] for row in times)
+
+
+def median_ratio(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> float:
+    """Median of the ratios turn by turn."""
+    return statistics.median(a[key] / b[key] for a, b in zip(over, under))
+
+
+def operator(qkv: list[torch.Tensor], patterns: Patterns, backward: bool) -> Callable[[], None]:
+    """A call of the operator, with its gradients if `backward`."""
+    segment_lengths, dilation_rates = (list(values) for values in zip(*patterns))
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            out = dilated_attention(*qkv, segment_lengths, dilation_rates)
+        if backward:
+            torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+    return run
+
+
+def gathered(x: torch.Tensor, w: int, r: int) -> torch.Tensor:
+    """The rows that each head selects, side by side: [segments, H, w / r, D]."""
+    heads = [x[0, j].view(-1, w, x.shape[-1])[:, j % r :: r] for j in range(x.shape[1])]
+    return torch.stack(heads, 1).contiguous()
+
+
+def bare_kernels(qkv: list[torch.Tensor], patterns: Patterns) -> Callable[[], None]:
+    """Forward and backward of PyTorch's CPU flash kernel, pattern by pattern, on rows gathered beforehand."""
+    rows = [[gathered(x.detach(), w, r) for x in qkv] for w, r in patterns]
+    grads = [torch.ones_like(q) for q, _, _ in rows]
+
+    def run():
+        for (q, k, v), grad in zip(rows, grads):
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+            aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, True)
+
+    return run
+
+
+def memory_kib(field: str) -> int:
+    """VmRSS (resident now) or VmHWM (its peak since `reset_peak`) of this process; Linux."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(length: int, heads: int, width: int, patterns: Patterns) -> dict[str, float]:
+    """Peak of forward + backward above what is resident with the inputs made, in bytes, and as a multiple of theirs.
+
+    Counted is all that the process holds: output, its gradient, the three gradients and every buffer. To be called in a
+    fresh process: memory that an earlier computation left behind could be used again unseen.
+    """
+    small = inputs(64, heads, width, torch.float32, "cpu", True)
+    operator(small, [(64, 1)], True)()  # loads code, starts threads
+    qkv = inputs(length, heads, width, torch.float32, "cpu", True)
+    size = sum(x.numel() * x.element_size() for x in qkv)
+    before = memory_kib("VmRSS")
+    reset_peak()
+    operator(qkv, patterns, True)()
+    peak = (memory_kib("VmHWM") - before) * 1024
+    return {"peak_bytes_above_inputs": peak, "bytes_of_qkv": size, "multiple_of_qkv": peak / size}
+
+
+def kernel_ratio(args: argparse.Namespace) -> dict[str, Any]:
+    """The operator's forward + backward against its bare kernels, and its peak memory."""
+    setting = KERNEL_RATIO | ({"length": args.lengths[0]} if args.lengths else {})
+    command = [sys.executable, "-m", "examples.benchmarks.benchmark_attention", "--peak-memory-of", json.dumps(setting)]
+    memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    qkv = inputs(setting["length"], setting["heads"], setting["width"], torch.float32, "cpu", True)
+    runs = {
+        "operator": operator(qkv, setting["patterns"], True),
+        "bare kernels": bare_kernels(qkv, setting["patterns"]),
+    }
+    times = in_turns(runs, args.repeats, "cpu")
+    ratios = {key: median_ratio(*times.values(), key) for key in ("seconds", "cpu_seconds")}
+    print(f"forward + backward, N={setting['length']}, H={setting['heads']}, D={setting['width']}, float32, CPU")
+    for name, rows in times.items():
+        print(f"  {name:<14}{median(rows):8.3f} s by the clock, {median(rows, 'cpu_seconds'):8.3f} s of CPU")
+    print(f"  operator / bare kernels: {ratios['seconds']:.3f} by the clock, {ratios['cpu_seconds']:.3f} of CPU time")
+    print(f"  peak memory above the inputs: {memory['multiple_of_qkv']:.2f} times q, k and v together")
+    return {"setting": setting, "ratios": ratios, "memory": memory, "times": times}
+
+
+def length_scaling(args: argparse.Namespace) -> dict[str, Any]:
+    """Forward time per token at growing length, the schedule growing with it."""
+    device = args.device
+    lengths = args.lengths or LENGTHS
+    runs = {}
+    for length in lengths:
+        qkv = inputs(length, args.heads or 1, args.width or 32, getattr(torch, args.dtype), device, False)
+        runs[length] = operator(qkv, geometric(length), False)
+    times = in_turns(runs, args.repeats, device)
+    rows = []
+    for length in lengths:
+        nanoseconds = {key: 1e9 * median(times[length], key) / length for key in ("seconds", "cpu_seconds")}
+        rows.append({"length": length, "patterns": geometric(length), "ns_per_token": nanoseconds["seconds"],
+                     "cpu_ns_per_token": nanoseconds["cpu_seconds"]})  # fmt: skip
+        print(f"N={length:>8}: {median(times[length]):8.3f} s; ns per token {rows[-1]['ns_per_token']:8.0f} by the "
+              f"clock, {rows[-1]['cpu_ns_per_token']:8.0f} of CPU time")  # fmt: skip
+    per_token = {
+        key: median_ratio(times[lengths[-1]], times[lengths[0]], key) * lengths[0] / lengths[-1]
+        for key in ("seconds", "cpu_seconds")
+    }
+    print(f"time per token at {lengths[-1]} / at {lengths[0]}: {per_token['seconds']:.3f} by the clock, "
+          f"{per_token['cpu_seconds']:.3f} of CPU time")  # fmt: skip
+    return {"rows": rows, "ratio_of_time_per_token": per_token, "times": times}
+
+
+def against_dense(args: argparse.Namespace) -> dict[str, Any]:
+    """Forward, and forward + backward, against PyTorch's dense causal attention."""
+    device, dtype = args.device, getattr(torch, args.dtype)
+    heads, width = args.heads or 8, args.width or 64
+    rows = []
+    for length in args.lengths or DENSE_LENGTHS[device]:
+        for backward in (False, True):
+            qkv = inputs(length, heads, width, dtype, device, backward)
+
+            def dense(qkv=qkv, backward=backward):
+                with torch.set_grad_enabled(backward):
+                    out = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+                if backward:
+                    torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+            runs = {"dilated": operator(qkv, geometric(length), backward), "dense": dense}
+            times = in_turns(runs, args.repeats, device)
+            row = {"length": length, "pass": "forward + backward" if backward else "forward"}
+            row |= {name: median(times[name]) for name in times}
+            row["dense / dilated"] = median_ratio(times["dense"], times["dilated"], "seconds")
+            rows.append(row)
+            print(f"N={length:>8} {row['pass']:<19} dilated {row['dilated']:9.4f} s, dense {row['dense']:9.4f} s, "
+                  f"dense / dilated {row['dense / dilated']:.2f}")  # fmt: skip
+    return {"heads": heads, "width": width, "dtype": args.dtype, "rows": rows}
+
+
+def plot_kernel_ratio(axes, result):
+    axes.boxplot([[row["seconds"] for row in rows] for rows in result["times"].values()])
+    axes.set_xticks([1, 2], list(result["times"]))
+    axes.set(ylabel="seconds, forward + backward", ylim=(0, None),
+             title=f"median ratio {result['ratios']['seconds']:.2f}, "
+             f"peak memory {result['memory']['multiple_of_qkv']:.1f} x (q, k, v)")  # fmt: skip
+
+
+def plot_length(axes, result):
+    lengths = [row["length"] for row in result["rows"]]
+    axes.plot(lengths, [row["ns_per_token"] for row in result["rows"]], "o-", label="by the clock")
+    axes.plot(lengths, [row["cpu_ns_per_token"] for row in result["rows"]], "s--", label="CPU time")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens", ylabel="ns per token, forward", ylim=(0, None))
+    axes.legend()
+
+
+def plot_dense(axes, result):
+    for name, colour in (("dilated", "C0"), ("dense", "C1")):
+        for kind, line in (("forward", "o-"), ("forward + backward", "s--")):
+            rows = [row for row in result["rows"] if row["pass"] == kind]
+            axes.loglog([row["length"] for row in rows], [row[name] for row in rows], line, color=colour,
+                        base=2, label=f"{name}, {kind}")  # fmt: skip
+    axes.set(xlabel="tokens", ylabel="seconds")
+    axes.legend()
+
+
+MODES = {
+    "kernel-ratio": (kernel_ratio, plot_kernel_ratio),
+    "length": (length_scaling, plot_length),
+    "dense": (against_dense, plot_dense),
+}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=list(MODES), default="kernel-ratio")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="half precision needs a GPU to pay")
+    parser.add_argument("--lengths", type=int, nargs="+", help="N of each row")
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--width", type=int, help="D")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice if left out")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.peak_memory_of:
+        print(json.dumps(peak_memory(**json.loads(args.peak_memory_of))))
+        return {}
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    run, plot = MODES[args.mode]
+    result = {"mode": args.mode, "provenance": provenance()} | run(args)
+    name = f"attention_{args.mode.replace('-', '_')}_{args.device}"
+    write_json(args.output_dir / f"{name}.json", result)
+    figure, (axes,) = new_figure()
+    plot(axes, result)
+    save_figure(figure, args.output_dir / f"{name}.png", result["provenance"])
+    print(f"{args.output_dir / name}.json and .png")
+    return result
+
+
+if __name__ == "__main__":
+    main()

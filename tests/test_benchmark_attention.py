@@ -1,0 +1,44 @@
+"""The benchmark measures what it says: the same rows on both sides, complete records."""
+
+import json
+
+import pytest
+import torch
+
+from examples.benchmarks import benchmark_attention as benchmark
+
+
+def test_gathered_rows_are_those_that_the_definition_selects():
+    x = torch.randn(1, 8, 64, 4)
+    rows = benchmark.gathered(x, w=16, r=4)
+    assert rows.shape == (4, 8, 4, 4)
+    for head in range(8):
+        selected = [p for p in range(64) if p % 16 % 4 == head % 4]
+        assert torch.equal(rows[:, head].flatten(0, 1), x[0, head, selected])
+
+
+def test_geometric_schedule_covers_the_length_at_the_same_cost_everywhere():
+    patterns = benchmark.geometric(1_000_000)
+    assert patterns[-1][0] >= 1_000_000 > patterns[-2][0]
+    assert {w // r for w, r in patterns} == {2048}
+
+
+@pytest.mark.parametrize("mode", list(benchmark.MODES))
+def test_each_mode_leaves_a_record_and_a_figure(mode, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmark.KERNEL_RATIO, "patterns", [(64, 1), (128, 2)])
+    lengths = {"kernel-ratio": ["128"], "length": ["64", "128"], "dense": ["64", "128"]}[mode]
+    arguments = ["--mode", mode, "--device", "cpu", "--repeats", "2", "--output_dir", str(tmp_path), "--lengths"]
+    result = benchmark.main(arguments + lengths)
+    name = f"attention_{mode.replace('-', '_')}_cpu"
+    assert json.loads((tmp_path / f"{name}.json").read_text())["mode"] == mode
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert {"hardware", "date", "commit", "command"} <= set(result["provenance"])
+    seconds = [row["seconds"] for rows in result.get("times", {}).values() for row in rows]
+    seconds += [row[name] for row in result["rows"] for name in ("dilated", "dense")] if mode == "dense" else []
+    assert seconds and min(seconds) > 0
+
+
+def test_peak_memory_counts_at_least_the_output_and_the_gradients():
+    result = benchmark.peak_memory(length=8192, heads=4, width=32, patterns=[(64, 1), (128, 2)])
+    assert result["bytes_of_qkv"] == 3 * 8192 * 4 * 32 * 4
+    assert 1.3 < result["multiple_of_qkv"] < 20  # output, its gradient and three more are 5/3
