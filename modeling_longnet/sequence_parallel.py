@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .attention_kernels import get_kernel
-from .dilated_attention import Elsewhere, dilated_attention
+from .dilated_attention import dilated_attention
 from .dilation_schedule import DilationSchedule
 from .sequence_exchange import Exchange, Heads, plan_exchange, sharded_attention
 from .sequence_shards import SHARD, Place, Shard, ShardingCollator, locate_longnet, locate_patched
@@ -141,28 +141,33 @@ def _pre_hooks(module: nn.Module) -> list[Callable]:
     return list(module._forward_pre_hooks.values())
 
 
-def _operator_hook(attention: nn.Module) -> Elsewhere:
-    """The hook of the operator that a module calls: code loaded from the Hub has an operator of its own."""
-    module = sys.modules[type(attention).__module__]
-    operator = getattr(module, "dilated_attention", dilated_attention)
-    return sys.modules[operator.__module__].elsewhere
+def _operator_module(attention: nn.Module) -> str:
+    """Name of the module of the operator that a module calls: code loaded from the Hub has an operator of its own."""
+    return getattr(sys.modules[type(attention).__module__], "dilated_attention", dilated_attention).__module__
 
 
 class _AttentionHooks:
     """Hands the forward that an attention module gets as an argument to the operator, while the module runs."""
 
-    def __init__(self, operator_hook: Elsewhere):
-        self.operator_hook = operator_hook
+    def __init__(self, operator_module: str):
+        self.operator_module = operator_module
+        self.elsewhere = sys.modules[operator_module].elsewhere
+
+    def __deepcopy__(self, memo: dict) -> "_AttentionHooks":
+        return self
+
+    def __reduce__(self):
+        return _AttentionHooks, (self.operator_module,)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if SHARD not in kwargs:
             return None
         kwargs = dict(kwargs)
-        self.operator_hook.attend = kwargs.pop(SHARD).attend
+        self.elsewhere.attend = kwargs.pop(SHARD).attend
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.operator_hook.attend = None
+        self.elsewhere.attend = None
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -293,7 +298,7 @@ class SequenceParallel:
         if any(getattr(getattr(hook, "func", None), "__self__", None) is self for hook in _pre_hooks(backbone)):
             return
         for attention in _attention_modules(base):
-            hooks = _AttentionHooks(_operator_hook(attention))
+            hooks = _AttentionHooks(_operator_module(attention))
             attention.register_forward_pre_hook(hooks.before, with_kwargs=True)
             attention.register_forward_hook(hooks.after, always_call=True)
         if getattr(base.config, "position_embedding_type", None) == "xpos":

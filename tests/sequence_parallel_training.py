@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from modeling_longnet import sequence_training
 from modeling_longnet.sequence_parallel import SequenceParallel
 
 
@@ -212,18 +214,32 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
+# The tests of the tests: planted bugs that only a training shows
+
+
+def fast_scheduler(folder: Path, size: int):
+    """Accelerate's scheduler as it is: one step per process."""
+    with mock.patch.object(sequence_training, "step_as_data_parallel", lambda sp, scheduler: None):
+        return accelerate_loop(folder, size)
+
+
+def data_parallel_loader(folder: Path, size: int):
+    """Accelerate's loader as it is: each process reads its own examples. Must be refused."""
+    with mock.patch.object(sequence_training, "prepare_loader", lambda sp, loader: loader):
+        try:
+            accelerate_loop(folder, size)
+        except ValueError as error:
+            return {"error": str(error)}
+    return {"error": "none"}
+
+
 RECIPES = {
-    "loop": accelerate_loop,
+    "fast scheduler": fast_scheduler,
+    "data parallel loader": data_parallel_loader,
     "loop without masks": functools.partial(accelerate_loop, masked=False),
     "accumulated": functools.partial(accelerate_loop, accumulate=2),
     "bf16": functools.partial(accelerate_loop, mixed_precision="bf16"),
-    "lora": functools.partial(accelerate_loop, make_model=llama_with_lora),
-    "lora reentrant": functools.partial(
-        accelerate_loop, make_model=functools.partial(llama_with_lora, reentrant=True)
-    ),
-    "reentrant": functools.partial(
-        accelerate_loop, make_model=functools.partial(checkpointed_longnet, reentrant=True)
-    ),
+    "lora reentrant": functools.partial(accelerate_loop, make_model=functools.partial(llama_with_lora, reentrant=True)),
     "not reentrant": functools.partial(
         accelerate_loop, make_model=functools.partial(checkpointed_longnet, reentrant=False)
     ),
