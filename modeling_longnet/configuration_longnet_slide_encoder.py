@@ -170,10 +170,20 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
         for name in ("attention_dropout", "hidden_dropout", "activation_dropout", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        DilationSchedule(  # raises for what is no schedule
-            tuple(self.segment_lengths), tuple(self.dilation_rates), self.is_causal, self.head_offsets, self.overlap,
-            self.num_sink_tokens, self.padding,
-        )  # fmt: skip
+        _ = self.dilation_schedule  # raises for what is no schedule
+
+    @property
+    def dilation_schedule(self) -> DilationSchedule:
+        """The validated schedule that the attention follows."""
+        return DilationSchedule(
+            segment_lengths=tuple(self.segment_lengths),
+            dilation_rates=tuple(self.dilation_rates),
+            is_causal=self.is_causal,
+            head_offsets=self.head_offsets,
+            overlap=self.overlap,
+            num_sink_tokens=self.num_sink_tokens,
+            padding=self.padding,
+        )
 
     @property
     def head_dim(self) -> int:

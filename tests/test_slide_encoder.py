@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderModel
+from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderModel, make_model_card
 
 
 PRESETS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-slide-encoder-*"))
@@ -197,8 +197,14 @@ def test_every_preset_has_its_published_size(path):
     assert model.num_parameters() / 1e6 == pytest.approx(millions[path.name.split("encoder-")[1]], abs=0.1)
 
 
+def test_a_model_card_can_be_written():
+    """As every push of a model does."""
+    card = make_model_card(LongNetSlideEncoderModel(LongNetSlideEncoderConfig(num_hidden_layers=1)))
+    assert "1,048,576" in card.text
+
+
 def test_a_whole_slide_fits_in_three_gigabytes(tmp_path):
-    """10,000 tiles through the 12-layer shape in a process of its own: here one layer, as memory holds one at a time."""
+    """10,000 tiles through the 12-layer shape in a process of its own: one layer, as memory holds one at a time."""
     root = Path(__file__).parent.parent
     command = ["-m", "examples.benchmarks.slide_encoder_memory", "--tiles", "10000", "--num-layers", "1"]
     command += ["--output", str(tmp_path / "result.json")]
