@@ -370,6 +370,18 @@ class DilatedLayer(CacheLayerMixin):
             self.values.zero_()
 
 
+def _padding_first(documents: Documents) -> Documents:
+    """With an order that puts padding before the tokens, if there is some behind them; positions stay as they are."""
+    ids = documents.ids
+    if ids is None or documents.order is not None or torch.compiler.is_compiling():
+        return documents
+    padding = ids < 0
+    if not (padding[:, 1:] & ~padding[:, :-1]).any():
+        return documents
+    order = (~padding).to(torch.uint8).argsort(dim=1, stable=True)
+    return documents._replace(ids=ids.gather(1, order), order=order)
+
+
 def _move_slots(x: torch.Tensor, old: SlotLayout, new: SlotLayout) -> torch.Tensor:
     """Slots [B, G, S, D] of one layout in those of another with more rows."""
     out = x.new_zeros(*x.shape[:2], new.allocated, x.shape[-1])
@@ -447,6 +459,7 @@ class DilatedCache(Cache):
             key_length=query_length, device=device,
         )  # fmt: skip
         self.clock.check_positions(position_ids, documents.ids)
+        documents = _padding_first(documents)
         if self.clock.positions is None:
             return documents
         positions = documents.positions + self.clock.next_positions().to(device)[:, None]
