@@ -84,8 +84,8 @@ DEFAULTS = {
 }  # fmt: skip
 DEMO = DEFAULTS | {
     "output_dir": "runs/demo", "segment_lengths": [256, 1024, 4096], "dilation_rates": [1, 4, 16], "block_size": 1024,
-    "max_steps": 16, "learning_rate": 1e-3, "eval_lengths": [512, 1024, 2048, 4096], "eval_tokens": 4096,
-    "logging_steps": 4, "save_steps": 8, "new_tokens": 48,
+    "max_steps": 24, "learning_rate": 1e-3, "eval_lengths": [512, 1024, 2048, 4096], "eval_tokens": 4096,
+    "logging_steps": 4, "save_steps": 6, "new_tokens": 48,
 }  # fmt: skip
 DEMO_GPU = DEMO | {
     "segment_lengths": [512, 2048, 8192], "block_size": 8192, "max_steps": 100, "eval_tokens": 65536,
@@ -272,7 +272,7 @@ def plot(results: dict, path: Path) -> None:
     axes.set_xscale("log", base=2)
     ticks = [int(length) for length in results["perplexity"][DENSE]]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set(xlabel="context length (tokens)", ylabel="perplexity", title=results["title"], ylim=(0, None))
+    axes.set(xlabel="context length (tokens)", ylabel="perplexity", title=results["title"].replace(", ", "\n"))
     axes.legend()
     save_figure(figure, path, results["run"])
 
@@ -287,7 +287,7 @@ class Results:
             changed = [key for key in ("model", "settings", "options") if earlier[key] != facts[key]]
             if changed:
                 raise ValueError(f"--resume wants the interrupted run's options, got other {' and '.join(changed)}.")
-            self.data = earlier
+            self.data = earlier | {"run": facts["run"]}
 
     def measure(self, name: str, model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) -> None:
         if name not in self.data["perplexity"]:
