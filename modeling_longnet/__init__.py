@@ -16,9 +16,11 @@ from transformers import (
 from ._version import __version__
 from .configuration_longnet import LongNetConfig
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
-from .dilated_attention import dilated_attention
+from .dilated_attention import DilatedAttention, dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
+from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
+from .exporting import export_patched_model
 from .model_card import make_model_card, upload_with_card
 from .modeling_longnet import (
     LongNetForCausalLM,
@@ -30,6 +32,7 @@ from .modeling_longnet import (
     LongNetPreTrainedModel,
 )
 from .modeling_longnet_slide_encoder import LongNetSlideEncoderModel
+from .patching import is_patched, load_patched_model, patch_model, unpatch_model
 
 
 _AUTO_CLASSES = {
@@ -52,6 +55,8 @@ for _model_class, _auto_class in _AUTO_CLASSES.items():
 LongNetPreTrainedModel._upload_modified_files = upload_with_card  # not in the model's file: it need not travel
 
 __all__ = [
+    "DilatedAttention",
+    "DilatedCache",
     "DilationSchedule",
     "LongNetConfig",
     "LongNetForCausalLM",
@@ -66,5 +71,10 @@ __all__ = [
     "__version__",
     "dilated_attention",
     "dilated_attention_reference",
+    "export_patched_model",
+    "is_patched",
+    "load_patched_model",
     "make_model_card",
+    "patch_model",
+    "unpatch_model",
 ]

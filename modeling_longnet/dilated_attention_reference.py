@@ -49,7 +49,8 @@ def attention_counts(
         same_segment = (q_pos // w == k_pos // w)[:, None]
         pattern = visible[:, None] & same_segment & selects & selected_query
         if i == 0 and schedule.window:
-            pattern = (visible & (k_pos > q_pos - schedule.window))[:, None].expand_as(pattern)
+            near = (k_pos > q_pos - schedule.window) | (q_pos < schedule.dense_start)
+            pattern = (visible & near)[:, None].expand_as(pattern)
         counts += pattern
         if schedule.padding == "zeros":
             rows_of_segment = -(-length.clamp(max=w) // r)[:, None]

@@ -35,7 +35,7 @@ def _same_phase(schedule: DilationSchedule, start: int) -> int:
     Positions that repeat make plans that repeat, which are then looked up instead of made.
     """
     period = math.lcm(*schedule.segment_lengths, schedule.window or 1)
-    reach = -(-(schedule.num_sink_tokens + schedule.window) // period)
+    reach = -(-(schedule.num_sink_tokens + schedule.dense_start + schedule.window) // period)
     return max(0, start // period - reach) * period
 
 
@@ -85,9 +85,8 @@ def attend_chunk(
     outs = []
     for (origin, pad), rows in groups.items():
         skipped = min(max(0, pad - waiting), query_length)
-        q, k, v, *past = (
-            x if len(groups) == 1 else x[rows] for x in (query[:, :, skipped:], key[:, :, pad:], value[:, :, pad:], *slots)
-        )
+        tensors = (query[:, :, skipped:], key[:, :, pad:], value[:, :, pad:], *slots)
+        q, k, v, *past = tensors if len(groups) == 1 else (x[rows] for x in tensors)
         if skipped < query_length:
             q = _attend_rows(q, k, v, past, layout, origin, scale, backend)
         outs.append(torch.nn.functional.pad(q, (0, 0, skipped, 0)))
@@ -121,8 +120,8 @@ compiled_chunk = torch.library.custom_op(
     f"{_NAMESPACE}::chunk",
     _compiled_chunk,
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor slots_key, Tensor slots_value, Tensor origins, Tensor pads, "
-    "str layout, float scale, str backend) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor slots_key, Tensor slots_value, Tensor origins, "
+    "Tensor pads, str layout, float scale, str backend) -> Tensor",
 )
 
 

@@ -89,7 +89,8 @@ class SlotLayout:
 
     @property
     def window_slots(self) -> int:
-        return self._bounded(self.schedule.window)
+        """The window behind the dense start, and all of the start within it."""
+        return self._bounded(self.schedule.dense_start)
 
     @cached_property
     def patterns(self) -> tuple[PatternSlots, ...]:
@@ -133,8 +134,9 @@ class SlotLayout:
             parts.append(sinks[:, None].expand(shape))
         if schedule.window:
             slots = torch.arange(self.window_slots, device=device)
-            held = p - (p - slots) % schedule.window
-            parts.append((held >= schedule.num_sink_tokens)[:, None].expand(shape))
+            held = p - (p - slots) % schedule.dense_start
+            near = (held > p - schedule.window) | (p < schedule.dense_start)
+            parts.append((near & (held >= schedule.num_sink_tokens))[:, None].expand(shape))
         for n, slots in enumerate(self.patterns):
             own = self._own_live(n, slots, positions, tables)
             parts.append((own[:, :, None] & tables.own_class[n]).flatten(2))
@@ -155,7 +157,7 @@ class SlotLayout:
         if schedule.overlap == "count":
             return live
         if schedule.window:
-            live = live & (rows <= at - schedule.window)
+            live = live & (rows <= at - schedule.window) & (positions >= schedule.dense_start)[:, None, None]
         for m in range(n):
             earlier_w, earlier_r = schedule.patterns[self.patterns[m].index]
             inside = positions % earlier_w  # index of the query in its segment of the earlier pattern
@@ -175,7 +177,7 @@ class SlotLayout:
         if schedule.num_sink_tokens:
             parts.append(torch.where(p < schedule.num_sink_tokens, p, self.spill).expand(shape))
         if schedule.window:
-            parts.append((schedule.num_sink_tokens + p % schedule.window).expand(shape))
+            parts.append((schedule.num_sink_tokens + p % schedule.dense_start).expand(shape))
         for n, slots in enumerate(self.patterns):
             w, r = schedule.patterns[slots.index]
             t = p % w
@@ -196,7 +198,7 @@ class SlotLayout:
             parts.append(torch.where((held >= first) & (held <= last), held, -1).expand(shape))
         if schedule.window:
             slots = torch.arange(self.window_slots, device=device)
-            held = last - (last - slots) % schedule.window
+            held = last - (last - slots) % schedule.dense_start
             parts.append(torch.where(held >= first, held, -1).expand(shape))
         for n, slots in enumerate(self.patterns):
             t = last % schedule.segment_lengths[slots.index]
@@ -210,7 +212,7 @@ class SlotLayout:
         if block.pattern == SINKS:
             return positions
         if block.pattern == 0 and self.schedule.window:
-            return self.schedule.num_sink_tokens + positions % self.schedule.window
+            return self.schedule.num_sink_tokens + positions % self.schedule.dense_start
         slots = self.patterns[block.pattern - bool(self.schedule.window)]
         w, r = self.schedule.patterns[block.pattern]
         offset_class = self._class(block.pattern, block.heads.start, slots.classes)

@@ -10,7 +10,8 @@ because the earlier pattern's segments are whole intervals around the query:
 
 With several rates the rows fall into residue classes (modulo the least common multiple) that an earlier pattern either
 covers or not; each pair of classes gets its own staircase. Sink tokens are a block of their own and are left out of
-every other. A sliding window is a causal square per window plus the square before it with time reversed.
+every other. A sliding window is a causal square per window plus the square before it with time reversed, behind a dense
+start.
 
 Letters: H query heads, G key/value heads, w segment length, r dilation rate, s offset of a head, i pattern index.
 """
@@ -134,28 +135,39 @@ class _Planner:
 
     def runs(self, pattern: int, offsets: tuple[int, ...]) -> Iterator[tuple[Region, int, int, bool]]:
         """(region, repeats, stride, fresh) of one pattern; `offsets` are those of the head in patterns 0..pattern."""
-        w, r = self.schedule.patterns[pattern]
-        windowed = pattern == 0 and self.schedule.window
-        if windowed:
-            w = self.schedule.window
+        if pattern == 0 and self.schedule.window:
+            yield from self._window_runs()
+            return
+        w = self.schedule.segment_lengths[pattern]
         q0, q1 = self.queries
         step, earlier = self._earlier_patterns(pattern, offsets)
-        lowest = max(q0, self.first_key)
-        if windowed:
-            lowest = max(lowest, self.first_key + w)  # then the window before is free of sinks too
-        whole = range(-(-lowest // w), min(q1, self.length) // w)  # segments that lie inside everything
+        after_window = pattern > 0 and self.schedule.overlap == "once"
+        # Segments that lie inside everything, and behind all that makes the first ones special.
+        lowest = max(q0, self.first_key, self.schedule.dense_start if after_window else 0)
+        whole = range(-(-lowest // w), min(q1, self.length) // w)
         alike = all(w % earlier_w == 0 for earlier_w, _, _ in earlier) and len(whole) > 0
         segment = q0 // w
         while segment * w < q1:
-            start = segment * w
             repeats = len(whole) if alike and segment == whole.start else 1
-            if windowed:
-                regions = _window_regions(start, w, self.queries, self.first_key)
-            else:
-                regions = self._segment_regions(pattern, start, offsets[-1], step, earlier)
-            for index, region in enumerate(regions):
+            for index, region in enumerate(self._segment_regions(pattern, segment * w, offsets[-1], step, earlier)):
                 yield region, repeats, w, pattern == 0 and index == 0
             segment += repeats
+
+    def _window_runs(self) -> Iterator[tuple[Region, int, int, bool]]:
+        """The dense start of the text, then window by window."""
+        window, dense, (q0, q1) = self.schedule.window, self.schedule.dense_start, self.queries
+        start = _causal_regions((q0, min(q1, dense)), (self.first_key, min(q1, dense)), 0, 0, 1)
+        for index, region in enumerate(start):
+            yield region, 1, window, index == 0
+        lowest = max(q0, self.first_key + window) - dense  # then no sink is among the keys
+        whole = range(max(0, -(-lowest // window)), (q1 - dense) // window)
+        square = max(0, q0 - dense) // window
+        while dense + square * window < q1:
+            repeats = len(whole) if len(whole) > 0 and square == whole.start else 1
+            regions = _window_regions(dense + square * window, window, self.queries, self.first_key)
+            for index, region in enumerate(regions):
+                yield region, repeats, window, index == 0
+            square += repeats
 
     def _earlier_patterns(self, pattern: int, offsets: tuple[int, ...]) -> tuple[int, list[tuple[int, int, int]]]:
         """The step of the residue classes and the (w, r, s) of the earlier patterns that may share keys with this."""
@@ -211,11 +223,13 @@ class _Planner:
     def _block_regions(self, segment, queries, covered, query_base, key_base, step, pattern) -> Iterator[Region]:
         start, stop = segment
         first = max(start, self.first_key)
+        distance = 0
+        if self.schedule.overlap == "once" and pattern > 0:  # what the window offers is counted already
+            distance = self.schedule.window
+            queries = max(queries[0], self.schedule.dense_start), queries[1]
         if queries[0] >= queries[1]:
             return
         if self.schedule.is_causal:
-            once_after_window = self.schedule.overlap == "once" and pattern > 0
-            distance = self.schedule.window if once_after_window else 0
             last = min(stop, covered[0]) if covered else stop
             yield from _causal_regions(queries, (first, last), query_base, key_base, step, distance)
             return

@@ -58,7 +58,8 @@ class DilationSchedule:
         padding: `"mask"`, or `"zeros"` for checkpoints of torchscale's bidirectional encoders: there each segment is
             filled with zero keys up to min(w, N), and then up to a multiple of r, and they take part in the softmax.
         local: `"sliding"` replaces the first pattern by a causal sliding window of w_0 // 2 tokens (the query
-            included), which costs as much as the segments of w_0.
+            included), which costs as much as the segments of w_0. The first segment alone stays as it is, so that a
+            text of up to w_0 tokens is read densely in either case.
 
     Raises:
         ValueError: for a value that is not one of the above, or a combination that has no meaning.
@@ -114,6 +115,11 @@ class DilationSchedule:
     def as_arguments(self) -> dict:
         """The keyword arguments of `dilated_attention` that say the same."""
         return asdict(self)
+
+    @property
+    def dense_start(self) -> int:
+        """Positions below this see all before them under `local="sliding"`: w_0, or 0 when there is no window."""
+        return self.segment_lengths[0] if self.local == "sliding" else 0
 
     @property
     def window(self) -> int:

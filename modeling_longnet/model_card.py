@@ -95,7 +95,7 @@ def draw_schedule(schedule: DilationSchedule, cells: int = 32) -> str:
             return True
         last_token, next_token = length * (first + 1) // cells - 1, length * later // cells
         if pattern == 0 and schedule.window:
-            return next_token - last_token < schedule.window
+            return next_token - last_token < schedule.window or next_token < schedule.dense_start
         width = schedule.segment_lengths[pattern]
         return last_token // width == next_token // width
 

@@ -74,8 +74,8 @@ def bounded_rows(schedule: DilationSchedule, num_heads: int, num_key_value_heads
     """Rows that a bounded cache keeps for one key/value head: the union of its query heads' offsets in each pattern."""
     group = num_heads // num_key_value_heads
     rows = schedule.num_sink_tokens
-    for i, (w, r) in enumerate(schedule.patterns):
-        rows += schedule.window if i == 0 and schedule.window else -(-w // r) * min(group, r)
+    for w, r in schedule.patterns:
+        rows += -(-w // r) * min(group, r)  # a sliding window keeps w_0 too, for the dense start of a text
     return rows
 
 

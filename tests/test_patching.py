@@ -112,8 +112,8 @@ def test_report_names_what_was_done(model):
     assert (done.family, done.num_layers, done.layers) == ("llama", 3, (0, 2))
     assert done.left_alone == {1: "not chosen by `layers`"}
     assert (done.reach, done.native_context) == (32, 128)
-    # 8/1 offers (1 + ... + 8) / 8 keys, 32/4 to one query in four (1 + ... + 8) / 8, and there are 4 sinks.
-    assert done.keys_per_query == 4.5 + 4.5 / 4 + 4
+    # The window of 8 // 2 offers 4 keys, 32/4 to one query in four (1 + ... + 8) / 8, and there are 4 sinks.
+    assert done.keys_per_query == 4 + 4.5 / 4 + 4
     assert done.kv_bytes_per_token == 3 * 2 * 2 * 8 * 4
     rows = 8 + 8 * 2 + 4  # of a key/value head in a patched layer: two query heads with two of the four offsets
     assert done.bounded_kv_bytes_per_token == (2 * rows + 32) / 32 * 2 * 2 * 8 * 4
@@ -131,7 +131,7 @@ def test_tokens_see_what_the_schedule_says(model):
     embeddings = torch.randn(1, 40, 32, requires_grad=True)
     model(inputs_embeds=embeddings).logits[0, 36].sum().backward()
     seen = embeddings.grad[0].abs().sum(-1) > 0
-    schedule = DilationSchedule(*map(tuple, SCHEDULE), overlap="once", num_sink_tokens=2)
+    schedule = DilationSchedule(*map(tuple, SCHEDULE), overlap="once", num_sink_tokens=2, local="sliding")
     counts, _ = attention_counts(schedule, 4, torch.zeros(1, 40, dtype=torch.long), 0, 40)
     assert torch.equal(seen, counts[0, :, 36].sum(0) > 0)
 

@@ -77,7 +77,7 @@ def logits(model, input_ids, **kwargs):
 
 
 def reference_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    settings = {"overlap": "once", "num_sink_tokens": 4, "scale": scaling}
+    settings = {"overlap": "once", "num_sink_tokens": 4, "local": "sliding", "scale": scaling}
     out = dilated_attention_reference(query, key, value, *SCHEDULE, **settings)
     return out.transpose(1, 2).contiguous(), None
 
