@@ -446,7 +446,10 @@ class SequenceParallel:
 def _check_accelerator(accelerator: Any, world: int) -> None:
     """Refuses what would give wrong numbers, or not be sequence parallelism."""
     if accelerator.num_processes != world:
-        raise ValueError(f"`accelerator` must know all {world} processes, got {accelerator.num_processes}.")
+        raise ValueError(
+            f"`accelerator` must know all {world} processes, got {accelerator.num_processes}. Without a GPU it wants "
+            "Accelerator(cpu=True)."
+        )
     kind = accelerator.distributed_type.value
     fsdp1 = kind == "FSDP" and not accelerator.is_fsdp2
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP") or fsdp1:

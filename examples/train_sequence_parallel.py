@@ -1,0 +1,244 @@
+"""Trains on texts that are split over several processes: a LongNet from scratch, or LoRA on a patched checkpoint.
+
+    torchrun --nproc_per_node 2 examples/train_sequence_parallel.py                        # from scratch, on CPUs too
+    accelerate launch --config_file configuration/accelerate/gpus_8.yaml examples/train_sequence_parallel.py \\
+        --model HuggingFaceTB/SmolLM2-135M --block_size 65536 --mixed_precision bf16
+    python examples/train_sequence_parallel.py                                             # one process: the same curve
+
+All processes share each text unless --sequence_parallel_size says fewer; then the groups share the batches. What
+differs from a stock Accelerate loop are the three lines marked below. Checkpoints are whole ones that know nothing of
+the processes: --resume goes on from the newest, also with another --sequence_parallel_size.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    HfArgumentParser,
+    default_data_collator,
+    get_scheduler,
+)
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.patching import patch_model
+from modeling_longnet.sequence_parallel import SequenceParallel
+from packing import pack
+from reporting import new_figure, provenance, save_figure, write_json
+from texts import load_text
+from train_causal_lm import REPOSITORY, checkpoints, interrupts_noted, load_checkpoint, option, save_checkpoint
+
+
+@dataclass
+class Settings:
+    sequence_parallel_size: int | None = option(None, "processes that share a text; all of them if left out")
+    model: str | None = option(None, "a checkpoint to patch and train with LoRA; without it, a LongNet from scratch")
+    segment_lengths: list[int] | None = option(None, "of the patch; geometric up to --block_size if left out")
+    dilation_rates: list[int] | None = option(None, "of the patch, as many")
+    preset: str = option(str(REPOSITORY / "configuration/longnet-demo-tiny.json"), "of the LongNet from scratch")
+    text: str = option("python-docs", "a file, a folder, or a name out of texts.py")
+    output_dir: str = option("runs/sequence-parallel", "where everything goes")
+    block_size: int = option(2048, "tokens of a text")
+    batch_size: int = option(1, "texts of a group of processes in a step")
+    max_steps: int = option(100, "optimizer steps")
+    learning_rate: float = option(6e-4, "peak of the schedule")
+    warmup_steps: int = option(10, "optimizer steps")
+    max_grad_norm: float = option(2.0, "as in the paper")
+    mixed_precision: str = option("no", "no, bf16, fp16")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    save_steps: int = option(50, "steps between checkpoints")
+    save_total_limit: int = option(2, "older checkpoints are removed")
+    resume: bool = option(False, "go on from the newest checkpoint of --output_dir")
+    seed: int = option(0, "of weights and the order of the texts")
+
+    def __post_init__(self):
+        for name in ("block_size", "batch_size", "max_steps", "save_steps", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+# What may differ between a run and its continuation: it changes neither the model nor the batches.
+FREE_TO_CHANGE = {"output_dir", "resume", "save_steps", "save_total_limit", "sequence_parallel_size"}
+
+
+class Blocks(Dataset):
+    """Endless epochs of shuffled blocks, from item `first` on: their order depends on the seed only."""
+
+    def __init__(self, blocks: torch.Tensor, seed: int, first: int, count: int):
+        self.blocks, self.seed, self.first, self.count = blocks, seed, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch, item = divmod(self.first + index, len(self.blocks))
+        order = torch.randperm(len(self.blocks), generator=torch.Generator().manual_seed(self.seed + epoch))
+        ids = self.blocks[order[item]].long()
+        return {"input_ids": ids, "labels": ids}
+
+
+def geometric_schedule(block_size: int) -> tuple[list[int], list[int]]:
+    """Segments of 256, 1024, ... tokens up to the block, all with 256 tokens a head."""
+    steps = range(max(1, math.ceil(math.log(block_size / 256, 4)) + 1))
+    return [min(block_size, 256 * 4**i) for i in steps], [4**i for i in steps]
+
+
+def make_model(settings: Settings):
+    """The model and its tokenizer."""
+    if settings.model is None:
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+        positions = settings.block_size
+        config = LongNetConfig.from_pretrained(
+            settings.preset, vocab_size=len(tokenizer), max_position_embeddings=positions
+        )
+        model = LongNetForCausalLM(config)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, attention_dropout=0.0)
+        lengths, rates = settings.segment_lengths, settings.dilation_rates
+        if lengths is None or rates is None:
+            lengths, rates = geometric_schedule(settings.block_size)
+        patch_model(model, lengths, rates)
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        if settings.model is not None:
+            model.enable_input_require_grads()
+    return model, tokenizer
+
+
+class Run:
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=settings.mixed_precision)
+        set_seed(settings.seed)
+        model, self.tokenizer = make_model(settings)
+        self.data = pack([load_text(settings.text)], self.tokenizer, settings.block_size, 0.05, 4)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        size = settings.sequence_parallel_size or self.accelerator.num_processes
+        self.sp = SequenceParallel(self.accelerator, size)  # one of the three lines
+        self.collate = self.sp.collator(default_data_collator)  # one of the three lines
+        width = self.sp.data_parallel_size
+        scheduler = get_scheduler(
+            "cosine", optimizer, settings.warmup_steps * width, num_training_steps=settings.max_steps * width
+        )
+        prepared = self.sp.prepare(model, optimizer, scheduler)  # one of the three lines
+        self.model, self.optimizer, self.scheduler = prepared
+        self.history: list[dict] = []
+        self.identity = {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
+        self.identity |= {"data": self.data.fingerprint, "data_parallel_size": width}
+
+    def loader(self) -> DataLoader:
+        """The batches from the next step to the last."""
+        settings = self.settings
+        batch = settings.batch_size * self.sp.data_parallel_size
+        done, left = len(self.history) * batch, (settings.max_steps - len(self.history)) * batch
+        blocks = Blocks(self.data.train, settings.seed, done, left)
+        return self.sp.prepare(DataLoader(blocks, settings.batch_size, collate_fn=self.collate))
+
+    def step(self, batch: dict) -> float:
+        """One optimizer step; the loss in nats per token."""
+        loss = self.model(**batch).loss
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return self.accelerator.reduce(loss.detach(), "mean").item()
+
+    def train(self) -> bool:
+        """To `max_steps`, or to an interrupt: then returns False, with a checkpoint saved."""
+        settings, accelerator = self.settings, self.accelerator
+        state = {"history": self.history, "identity": self.identity}
+        progress = tqdm(total=settings.max_steps, initial=len(self.history), disable=not accelerator.is_main_process)
+        self.model.train()
+        with interrupts_noted() as noted, progress:
+            for batch in self.loader():
+                began = time.perf_counter()
+                loss = self.step(batch)
+                row = {"step": len(self.history) + 1, "loss": loss, "seconds": time.perf_counter() - began}
+                self.history.append(row)
+                progress.update()
+                progress.set_postfix(loss=f"{loss:.3f}")
+                if row["step"] == 1 and accelerator.is_main_process:
+                    progress.write(self.sp.report())
+                stop = bool(accelerator.reduce(torch.tensor(len(noted), device=accelerator.device)))
+                if stop or row["step"] in (settings.max_steps, *range(0, settings.max_steps, settings.save_steps)):
+                    folder = save_checkpoint(accelerator, settings, state)
+                if stop and row["step"] < settings.max_steps:
+                    progress.write(f"stopped at step {row['step']}, saved as {folder}; go on with --resume")
+                    return False
+        return True
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Perplexity of held-out texts, sequence-parallel as well."""
+        self.model.eval()
+        rows = [{"input_ids": block.long(), "labels": block.long()} for block in self.data.evaluation]
+        losses = []
+        for row in rows:
+            batch = {name: x if not isinstance(x, torch.Tensor) else x.to(self.accelerator.device)
+                     for name, x in self.collate([row]).items()}  # fmt: skip
+            losses.append(self.accelerator.reduce(self.model(**batch).loss, "mean").item())
+        return math.exp(sum(losses) / len(losses))
+
+    def finish(self) -> dict:
+        """Writes the model, results.json and loss.png, on the first process."""
+        perplexity = self.evaluate()
+        model, output = self.accelerator.unwrap_model(self.model), Path(self.settings.output_dir)
+        result = {
+            "provenance": provenance(),
+            "settings": asdict(self.settings),
+            "processes": self.accelerator.num_processes,
+            "sequence_parallel": self.sp.report().splitlines(),
+            "history": self.history,
+            "perplexity": perplexity,
+        }
+        if self.accelerator.is_main_process:
+            model.save_pretrained(output)
+            self.tokenizer.save_pretrained(output)
+            write_json(output / "results.json", result)
+            figure, (axes,) = new_figure()
+            axes.plot([row["step"] for row in self.history], [row["loss"] for row in self.history])
+            axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=self.sp.describe())
+            save_figure(figure, output / "loss.png", result["provenance"])
+            print(" ".join(f"{row['loss']:.4f}" for row in self.history[:: max(1, len(self.history) // 20)]))
+            print(f"perplexity of held-out text {perplexity:.3f}; model, results.json and loss.png in {output}")
+        return result
+
+
+def main(arguments: list[str] | None = None) -> dict | None:
+    """Runs the script; returns what results.json holds, or None if it was interrupted."""
+    (settings,) = HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses(arguments)
+    output = Path(settings.output_dir)
+    if not settings.resume and checkpoints(output):
+        raise ValueError(f"`output_dir` must hold no checkpoints without --resume, got {settings.output_dir!r}.")
+    run = Run(settings)
+    if settings.resume:
+        saved = load_checkpoint(run.accelerator, output, json.loads(json.dumps(run.identity)))
+        run.history = saved["history"]
+    return run.finish() if run.train() else None
+
+
+if __name__ == "__main__":
+    try:
+        finished = main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(0 if finished else 130)

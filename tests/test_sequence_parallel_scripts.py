@@ -1,0 +1,102 @@
+"""The sequence-parallel example survives the death of a rank; the byte counts, the cost model and the YAMLs hold."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import scaling_cost_model
+import sequence_parallel_bytes
+from modeling_longnet.sequence_exchange import Heads
+
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = [str(ROOT / "examples/train_sequence_parallel.py"), "--block_size", "256", "--max_steps", "16",
+           "--warmup_steps", "2", "--save_steps", "4"]  # fmt: skip
+
+
+def start(processes: int, output: Path, *options: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), *EXAMPLE, "--output_dir", str(output), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in json.loads((folder / "results.json").read_text())["history"]]
+
+
+@pytest.mark.slow
+def test_the_example_has_the_curve_of_one_process_and_goes_on_bit_for_bit_after_a_rank_was_killed(tmp_path):
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    finish(start(1, one))
+    output = finish(start(2, two))
+    assert "2 (ranks that share a text)" in output
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5) and len(losses(two)) == 16
+
+    process = start(2, killed)
+    deadline = time.monotonic() + 240
+    while not (killed / "checkpoint-4").is_dir():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGKILL" in output
+    assert not (killed / "results.json").exists()
+    finish(start(2, killed, "--resume"))
+    assert losses(killed) == losses(two)
+    got, wanted = (load_file(folder / "model.safetensors") for folder in (killed, two))
+    assert got.keys() == wanted.keys() and all((got[name] == wanted[name]).all() for name in wanted)
+
+
+def test_received_bytes_do_not_grow_with_the_text_but_with_the_number_of_patterns(capsys):
+    sizes = "--heads 4 --kv-heads 4 --head-dim 16".split()
+    rows = sequence_parallel_bytes.main(["--lengths", "4096", "16384", "65536", *sizes])["rows"]
+    assert [row["patterns longer than a slice"] for row in rows] == [2, 2, 2]
+    most = [max(row["bytes received by each rank"]) for row in rows]
+    assert most[0] > 0 and max(most) <= 1.01 * min(most)
+    assert rows[2]["all keys"] == 16 * rows[0]["all keys"]
+    assert "65,536" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus", [4, 8, 16])
+def test_the_cost_model_bounds_the_bytes_of_the_plans(gpus):
+    model = scaling_cost_model.Model(1e6, 2, 64, heads=4, kv_heads=4, head_dim=16)
+    patterns = scaling_cost_model.geometric(16384, 256, 4)
+    bound = scaling_cost_model.bytes_received(patterns, gpus, 16384, model)
+    planned = max(
+        sequence_parallel_bytes.measure(16384, gpus, 256, Heads(4, 4), 16, 2)["bytes received by each rank"]
+    )
+    assert 0.7 * bound < planned <= bound
+
+
+def test_the_cost_model_prints_its_plan(capsys):
+    result = scaling_cost_model.main(["--preset", str(ROOT / "configuration/longnet-125m.json"), "--gpus", "8", "64"])
+    assert len(result["rows"]) == 8
+    by_gpus = {(row["tokens"], row["gpus"]): row for row in result["rows"]}
+    assert by_gpus[2**24, 64]["dense (s)"] == pytest.approx(by_gpus[2**24, 8]["dense (s)"] / 8)
+    assert by_gpus[2**30, 8]["received (MB a layer)"] < 2 * by_gpus[2**20, 8]["received (MB a layer)"]
+    assert "| 1,048,576 | 8 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configuration/accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_reads_its_configuration(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    processes = [int(part) for part in path.stem.split("_") if part.isdigit()][-1]
+    assert config.num_processes == processes
+    assert (config.fsdp_config or {}).get("fsdp_version", 2) == 2
