@@ -378,8 +378,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     write_json(output_dir / "results.json", result)
     plot(result, output_dir / "training.png")
     losses = [row["loss"] for row in trainer.history]
-    first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
-    print(f"training loss, mean of ten steps: first {first:.3f}, last {last:.3f} nats per token")
+    few = max(1, min(10, len(losses) // 2))
+    first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
+    print(f"training loss, mean of {few} steps: first {first:.3f}, last {last:.3f} nats per token")
     print(f"model, results.json and training.png in {output_dir}")
     return result
 

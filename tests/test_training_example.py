@@ -1,13 +1,17 @@
 """Training from scratch: the loss falls, a resumed run is the run that was never stopped, results are complete."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import packing
 import perplexity
@@ -60,6 +64,39 @@ def test_the_loss_falls_and_the_results_are_complete(run):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("She sells sea shells", return_tensors="pt")["input_ids"]
     assert model(input_ids=ids, labels=ids).loss < losses[0] - 1
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer(tmp_path_factory):
+    """A folder with a tokenizer of a few words, which closes a text by a token of its own when asked to."""
+    words = ["[UNK]", "[END]", "She", "sells", "sea", "shells", "on", "the", "shore", "."]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[END]").save_pretrained(folder)
+    return folder
+
+
+def test_a_dataset_and_another_tokenizer(run, word_tokenizer, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    rows = [{"body": "She sells sea shells on the sea shore. " * 30}] * 4
+    (tmp_path / "dataset/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"dataset_name": tmp_path / "dataset", "tokenizer": word_tokenizer, "max_steps": 3}
+    with pytest.raises(ValueError, match=r"`text_column` must be one of \['body'\], got 'text'"):
+        run("wrong column", **settings)
+    result, folder = run("words", text_column="body", **settings)
+    assert result["settings"]["dataset_name"] == str(tmp_path / "dataset")
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 10
+    last = result["evaluations"][-1]
+    assert last["bits_per_byte"] * math.log(2) * 4.2 == pytest.approx(last["loss"], rel=0.05)  # 39 bytes, 9 words
+
+
+def test_a_long_text_gives_the_tokens_of_a_short_one(word_tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(word_tokenizer)
+    text = "She sells\n sea shells on\nthe sea shore .\n" * 5
+    pieces = packing.encode(text, tokenizer, piece_size=20)
+    assert pieces.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(pieces) == 45
 
 
 def stop_after(monkeypatch, steps: int) -> None:
