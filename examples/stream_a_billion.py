@@ -4,8 +4,8 @@
     python examples/stream_a_billion.py --tokens 1e9             # on a GPU; hours to days on a CPU
     python examples/stream_a_billion.py --model runs/train       # a model that train_causal_lm.py has trained on bytes
 
-The text is repeated as often as it takes; bytes are the tokens. Without --model the weights are random, which changes no
-speed. Run it again after Ctrl-C, a kill or a crash: it goes on from the saved state, to the same loss to the last bit.
+The text is repeated as often as it takes; bytes are the tokens. Without --model the weights are random, which does not
+change the speed. Run it again after Ctrl-C, a kill or a crash: it goes on from the saved state, to the very same loss.
 In --output_dir: state.safetensors, results.json (loss by position, tokens/s and memory over position), stream.png.
 """
 
@@ -74,8 +74,8 @@ def make_model(settings: Settings) -> PreTrainedModel:
         return LongNetForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device)
     torch.manual_seed(0)
     config = LongNetConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-        segment_lengths=(1024, 4096, 16384), dilation_rates=(1, 2, 4), max_position_embeddings=16384,
+        vocab_size=256, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        segment_lengths=(256, 1024, 4096), dilation_rates=(1, 2, 4), max_position_embeddings=4096,
     )  # fmt: skip
     return LongNetForCausalLM(config).to(device=settings.device, dtype=dtype)
 
@@ -160,8 +160,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     write_json(folder / "results.json", result)
     plot(result, folder / "stream.png")
     speeds = [point["tokens_per_second"] for point in points]
-    print(f"{len(text):,} tokens, perplexity {result['perplexity']:.3f}; {min(speeds):,.0f} to {max(speeds):,.0f} tokens/s; "
-          f"cache {result['cache_bytes'] / 2**20:.1f} MiB; results.json and stream.png in {folder}")  # fmt: skip
+    print(
+        f"{len(text):,} tokens, perplexity {result['perplexity']:.3f}; "
+        f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens/s; cache {result['cache_bytes'] / 2**20:.1f} MiB; results.json and stream.png in {folder}"
+    )
     return result
 
 

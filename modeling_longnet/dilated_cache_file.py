@@ -75,7 +75,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[DilatedCache, 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): it cannot be gone on from.") from error
     if metadata.get("format") != FORMAT:
@@ -92,7 +92,8 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[DilatedCache, 
             raise ValueError(f"{path} holds nothing for layer {index}.")
         layer.lazy_initialization(keys[:, :, :0].to(model.device), values[:, :, :0].to(model.device))
         if layer.keys.shape != keys.shape or layer.values.shape != values.shape:
-            raise ValueError(f"{path}: layer {index} must have slots {tuple(layer.keys.shape)}, got {tuple(keys.shape)}.")
+            wanted = tuple(layer.keys.shape)
+            raise ValueError(f"{path}: layer {index} must have slots {wanted}, got {tuple(keys.shape)}.")
         layer.keys.copy_(keys)
         layer.values.copy_(values)
     cache.clock.positions.copy_(tensors["positions"])

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .dilated_attention import dilated_attention
-from .dilated_cache import DilatedLayer
+from .dilated_cache_layer import DilatedLayer
 
 
 logger = logging.get_logger(__name__)

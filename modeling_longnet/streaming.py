@@ -60,7 +60,7 @@ class TextStream:
 
     Args:
         model: a causal LongNet, or a model that is patched in all its layers; it is read in evaluation mode.
-        tokens: the text, anything with a length whose slices are integers: a tensor [N], an array, a memory map, a list.
+        tokens: the text, anything with a length whose slices are integers: a tensor [N], an array, a list.
         chunk_size: Q. Other chunk sizes give the same numbers up to rounding.
 
     Raises:
@@ -75,7 +75,7 @@ class TextStream:
         self.model, self.tokens, self.chunk_size = model, tokens, chunk_size
         self.cache = DilatedCache(model.config)
         if len(self.cache.dilated_layers) < len(self.cache.layers):
-            raise ValueError("`model` must have dilated attention in every layer: the others would keep their whole past.")
+            raise ValueError("`model` must have dilated attention in every layer: others would keep their whole past.")
         self.position = 0
         self.loss_sums = torch.zeros(NUM_BUCKETS, dtype=torch.float64)
         self.loss_counts = torch.zeros(NUM_BUCKETS, dtype=torch.float64)
@@ -129,13 +129,18 @@ class TextStream:
         position = int(state["position"])
         if int(state["chunk_size"]) != self.chunk_size:
             raise ValueError(f"`chunk_size` must be {int(state['chunk_size'])} as in {path}, got {self.chunk_size}.")
-        if position > len(self.tokens) or not torch.equal(self._read(position - 1, position).cpu(), state["last_token"]):
+        last_token = self._read(position - 1, position).cpu()  # none, if the text ends before
+        if not torch.equal(last_token, state["last_token"]):
             raise ValueError(f"{path} was written while reading another text than `tokens`.")
         self.cache, self.position = cache, position
         self.loss_sums, self.loss_counts = state["loss_sums"], state["loss_counts"]
 
     def run(
-        self, stop: int | None = None, state_path: str | Path | None = None, save_every: int = 256, progress: bool = True
+        self,
+        stop: int | None = None,
+        state_path: str | Path | None = None,
+        save_every: int = 256,
+        progress: bool = True,
     ) -> bool:
         """Reads on to position `stop` (the end of the text by default); returns False if it was interrupted.
 
@@ -195,8 +200,8 @@ def stream_loss(
 
     Args:
         model, tokens, chunk_size: as in [`TextStream`].
-        state_path: a file to save the state in, every `save_every` chunks and at the end. If it exists the stream goes on
-            from there, to the very numbers of a stream that was never interrupted.
+        state_path: a file to save the state in, every `save_every` chunks and at the end. If it exists the stream goes
+            on from there, to the very numbers of a stream that was never interrupted.
         progress: show a progress bar.
 
     Raises:
