@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .attention_kernels import get_kernel
@@ -95,6 +96,13 @@ def _base_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def _loss_type(model: nn.Module) -> str | None:
+    """The library's name of a model's loss; classes whose name does not tell (GPT2LMHeadModel) fall back to causal."""
+    loss_type = getattr(model, "loss_type", None)
+    is_causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return "ForCausalLM" if loss_type is None and is_causal else loss_type
+
+
 def _is_longnet(config: Any) -> bool:
     return hasattr(config, "segment_lengths")
 
@@ -114,7 +122,7 @@ def _model_problem(model: nn.Module, outer: nn.Module) -> str | None:
     for setting in ("attention_dropout", "attn_pdrop", "drop_path_rate"):
         if getattr(config, setting, 0):
             return f"`{setting}` must be 0, got {getattr(config, setting)}: its random numbers cannot span ranks"
-    if name != type(model.base_model).__name__ and getattr(model, "loss_type", None) not in PER_TOKEN_LOSSES:
+    if name != type(model.base_model).__name__ and _loss_type(model) not in PER_TOKEN_LOSSES:
         return "its loss is not one of each token by itself"
     if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
         return f"rope_type {rope['rope_type']!r} depends on the length of the text, which a slice does not show"
@@ -303,7 +311,7 @@ class SequenceParallel:
             attention.register_forward_hook(hooks.after, always_call=True)
         if getattr(base.config, "position_embedding_type", None) == "xpos":
             backbone.xpos.register_forward_pre_hook(self._place_xpos, with_kwargs=True)
-        loss_type = getattr(base, "loss_type", None) if base is not backbone else None
+        loss_type = None if base is backbone else _loss_type(base)
         backbone.register_forward_pre_hook(functools.partial(self._enter, loss_type), with_kwargs=True)
         backbone.register_forward_hook(self._leave)
         if self.data_parallel_rank == self.rank == 0:

@@ -14,7 +14,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy, pad
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import (
     LongNetConfig,
@@ -123,6 +123,15 @@ def patched_llama(dtype=torch.float64, **settings):
     return patch_model(LlamaForCausalLM(config), **defaults | settings).to(dtype)
 
 
+def patched_gpt2(dtype=torch.float64):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0, resid_pdrop=0,
+        embd_pdrop=0,
+    )  # fmt: skip
+    return patch_model(GPT2LMHeadModel(config), [8, 16, 64], [1, 2, 4]).to(dtype)
+
+
 MODELS = {
     "longnet xpos": longnet,
     "longnet rope gqa once": lambda: longnet(
@@ -133,6 +142,7 @@ MODELS = {
     "longnet bidirectional": lambda: longnet(LongNetForMaskedLM, is_causal=False),
     "longnet zeros": lambda: longnet(LongNetForMaskedLM, is_causal=False, padding="zeros"),
     "patched llama": patched_llama,
+    "patched gpt2": patched_gpt2,
     "patched llama sliding": lambda: patched_llama(local="sliding"),
 }
 

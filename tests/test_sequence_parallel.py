@@ -57,7 +57,7 @@ def check_operator_and_models(result: dict, cases: int) -> None:
 def test_sharded_equals_unsharded_on_two_processes_and_planted_bugs_show(tmp_path):
     checks = ("operator", "models", "mutations", "head_split", "collectives", "guards")
     result = run_checks(2, tmp_path, *checks)
-    check_operator_and_models(result, cases=40)
+    check_operator_and_models(result, cases=45)
     assert len(result["mutations"]) == 9
     for bug, errors in result["mutations"].items():
         assert errors["gradients"] > 1e-2, bug
@@ -76,7 +76,7 @@ def test_sharded_equals_unsharded_on_two_processes_and_planted_bugs_show(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [3, 4])
 def test_sharded_equals_unsharded(processes, tmp_path):
-    check_operator_and_models(run_checks(processes, tmp_path, "operator", "models"), cases=8)
+    check_operator_and_models(run_checks(processes, tmp_path, "operator", "models"), cases=9)
 
 
 def train(processes: int, size: int, folder: Path, *recipes: str) -> dict[str, dict]:
