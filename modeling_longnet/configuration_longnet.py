@@ -13,6 +13,7 @@
 # limitations under the License.
 """LongNet model configuration"""
 
+import difflib
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -171,6 +172,7 @@ class LongNetConfig(PreTrainedConfig):
         self._check_sizes()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_spelling(kwargs)
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         rope_is_given = self.rope_parameters or kwargs.get("rope_scaling")
         super().__post_init__(**kwargs)
@@ -183,6 +185,13 @@ class LongNetConfig(PreTrainedConfig):
                 )
         # Called here as well, so that these errors come as plain ValueErrors.
         self.validate_architecture()
+
+    def _check_spelling(self, unknown: dict):
+        """Transformers keeps arguments that it does not know; one that is nearly a field was meant to be that field."""
+        for name in unknown:
+            meant = difflib.get_close_matches(name, LongNetConfig.__annotations__, n=1, cutoff=0.87)
+            if meant and not hasattr(PreTrainedConfig, name):
+                raise ValueError(f"`{name}` is no field of LongNetConfig. Did you mean `{meant[0]}`?")
 
     def _check_sizes(self):
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -290,7 +290,7 @@ def dilated_attention(
     if autocast and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
     if query_offset is None:
-        query_offset = key.shape[2] - query.shape[2]
+        query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
     _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
     backend = choose_backend(backend, query, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

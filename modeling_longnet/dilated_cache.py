@@ -122,6 +122,15 @@ class DilatedCache(Cache):
             positions = positions.masked_fill(real < 0, 0)
         return documents._replace(positions=positions)
 
+    def check_model(self, config) -> None:
+        """Refuses a model of another schedule or depth than the one that this cache was made for."""
+        schedule = schedule_of(config)
+        if schedule != self.schedule or config.num_hidden_layers != len(self.layers):
+            raise ValueError(
+                f"`past_key_values` was made for another model, of {len(self.layers)} layers and {self.schedule}; this "
+                f"one has {config.num_hidden_layers} and {schedule}."
+            )
+
     def attention_forward(
         self,
         module: torch.nn.Module,
@@ -141,6 +150,8 @@ class DilatedCache(Cache):
         """
         if dropout > 0:
             raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
+        if module.layer_idx == 0 and not torch.compiler.is_compiling():
+            self.check_model(module.config)
         total = module.config.num_attention_heads
         if total_num_heads is None and query.shape[1] != total:
             raise ValueError(f"a bounded cache must know which of {total} heads these are, got {query.shape[1]}.")

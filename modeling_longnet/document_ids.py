@@ -62,6 +62,12 @@ def _check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length:
             f"`attention_mask` must have shape {(batch_size, length)}, the cached tokens included, got "
             f"{tuple(attention_mask.shape)}."
         )
+    if attention_mask.is_floating_point() and not is_tracing(attention_mask):
+        if not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError(
+                "`attention_mask` must hold 1 for tokens and 0 for padding, got other numbers; an additive mask (0 and "
+                "-inf) says the opposite."
+            )
 
 
 def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

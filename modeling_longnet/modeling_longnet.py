@@ -438,6 +438,11 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape:
+            name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+            raise ValueError(
+                f"`{name}` must be a batch of rows with at least one token each, got shape {tuple(given.shape)}."
+            )
         # CODEPATH: encoders have no cache of their own.
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
