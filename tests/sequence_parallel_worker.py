@@ -119,7 +119,7 @@ def patched_llama(dtype=torch.float64, **settings):
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
-    defaults = dict(segment_lengths=[8, 16, 64], dilation_rates=[1, 2, 4])
+    defaults = dict(segment_lengths=[8, 16, 64], dilation_rates=[1, 2, 4], local="segment")
     return patch_model(LlamaForCausalLM(config), **defaults | settings).to(dtype)
 
 
