@@ -189,7 +189,7 @@ class LongNetConfig(PreTrainedConfig):
     def _check_spelling(self, unknown: dict):
         """Transformers keeps arguments that it does not know; one that is nearly a field was meant to be that field."""
         for name in unknown:
-            meant = difflib.get_close_matches(name, LongNetConfig.__annotations__, n=1, cutoff=0.87)
+            meant = difflib.get_close_matches(name, LongNetConfig.__annotations__, n=1, cutoff=0.92)
             if meant and not hasattr(PreTrainedConfig, name):
                 raise ValueError(f"`{name}` is no field of LongNetConfig. Did you mean `{meant[0]}`?")
 
