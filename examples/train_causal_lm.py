@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, ByT5Tokenizer, HfArgumentParser, PreTrainedTokenizerBase, get_scheduler
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.dilated_cache import DilatedCache
 from packing import pack
 from perplexity import loss_by_position, summarise
 from reporting import new_figure, provenance, save_figure, write_json
@@ -58,6 +59,11 @@ class Settings:
     preset: str = option(str(REPOSITORY / "configuration/longnet-demo-tiny.json"), "a model configuration")
     output_dir: str = option("runs/train", "where everything goes")
     block_size: int | None = option(None, "tokens of a block; the configuration's max_position_embeddings if left out")
+    chunk_size: int | None = option(
+        None,
+        "read blocks in chunks of that many tokens with a bounded cache: a step's memory is that of a chunk, whatever "
+        "the block size. Gradients end at a chunk's beginning: the keys and values of earlier chunks are constants",
+    )
     batch_size: int = option(1, "blocks of a device in a forward pass")
     gradient_accumulation_steps: int = option(1, "forward passes of an optimizer step")
     max_steps: int = option(1000, "optimizer steps")
@@ -84,6 +90,10 @@ class Settings:
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be at least 1, got {self.chunk_size}.")
+        if self.chunk_size is not None and self.gradient_checkpointing:
+            raise ValueError("`gradient_checkpointing` cannot be had with `chunk_size`: it runs without a cache.")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must lie between 0 and 1, got {self.eval_fraction}.")
 
@@ -249,19 +259,35 @@ class Trainer:
             start = (batch * self.accelerator.num_processes + rank) * size
             yield self.data.train[rows[start : start + size]].long().to(self.accelerator.device)
 
+    def backward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Adds the gradients of a batch [B, N]; returns its mean loss, detached."""
+        if self.settings.chunk_size is None:
+            loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+        cache = DilatedCache(self.accelerator.unwrap_model(self.model).config, max_length=batch.shape[1])
+        total = torch.zeros((), device=batch.device)
+        for start in range(0, batch.shape[1] - 1, self.settings.chunk_size):
+            targets = batch[:, start + 1 : start + 1 + self.settings.chunk_size]
+            chunk = batch[:, start : start + targets.shape[1]]
+            logits = self.model(input_ids=chunk, past_key_values=cache).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="sum") / batch[:, 1:].numel()
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
     def step(self, batches: Iterator[torch.Tensor]) -> float:
         """One optimizer step; returns its mean loss in nats per token."""
         total = torch.zeros((), device=self.accelerator.device)
         for _ in range(self.settings.gradient_accumulation_steps):
             batch = next(batches)
             with self.accelerator.accumulate(self.model):
-                loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
-                self.accelerator.backward(loss)
+                loss = self.backward(batch)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            total += loss.detach()
+            total += loss
         self.scheduler.step()
         loss = self.accelerator.reduce(total, "mean").item() / self.settings.gradient_accumulation_steps
         if not math.isfinite(loss):

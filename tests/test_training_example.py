@@ -128,6 +128,36 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(run, monkeypatch, step
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def gradients(trainer: train_causal_lm.Trainer, batch: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    trainer.model.eval()
+    trainer.model.zero_grad()
+    loss = trainer.backward(batch)
+    return loss.item(), {name: weight.grad.clone() for name, weight in trainer.model.named_parameters()}
+
+
+def test_chunks_give_the_loss_of_the_whole_and_cut_only_the_gradient_through_the_past(run, monkeypatch):
+    made = []
+    monkeypatch.setattr(train_causal_lm.Trainer, "train", lambda self: made.append(self))
+    for name, chunk_size in (("whole", None), ("one", 64), ("cut", 20)):
+        run(name, gradient_accumulation_steps=1, **({} if chunk_size is None else {"chunk_size": chunk_size}))
+    batch = torch.randint(0, 259, (2, 64))
+    (loss, whole), (one_loss, one), (cut_loss, cut) = (gradients(trainer, batch) for trainer in made)
+    assert one_loss == pytest.approx(loss, abs=1e-5) and cut_loss == pytest.approx(loss, abs=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(one[name], gradient, atol=1e-5, rtol=1e-4)
+    # Of the last layer, all but the keys and values of tokens that later chunks see gets its whole gradient.
+    for name in ("model.norm.weight", "model.layers.1.mlp.fc2.weight", "model.layers.1.self_attn.q_proj.weight"):
+        torch.testing.assert_close(cut[name], whole[name], atol=1e-5, rtol=1e-4)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert not torch.allclose(cut[name], whole[name], atol=1e-5)
+
+
+def test_training_in_chunks_learns(run):
+    result, _ = run("chunks", chunk_size=24)
+    losses = [row["loss"] for row in result["history"]]
+    assert losses[-1] < losses[0] - 1
+
+
 def test_a_second_interrupt_stops_at_once():
     with pytest.raises(KeyboardInterrupt), train_causal_lm.interrupts_noted() as noted:
         signal.raise_signal(signal.SIGINT)
