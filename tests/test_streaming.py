@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import benchmark_decoding
+import stream_a_billion
 from modeling_longnet import LongNetForCausalLM
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
@@ -163,22 +165,29 @@ def test_bad_arguments():
         stream_loss(make_model(), make_text(1))
 
 
-def run_example(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    script = ROOT / "examples" / "stream_a_billion.py"
-    command = [sys.executable, str(script), "--output_dir", str(folder), "--chunk_size", "512", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-
-
 def test_the_example_streams_and_resumes_to_the_same_bits(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    done = run_example(straight, "--tokens", "2e4")
-    assert done.returncode == 0, done.stderr
-    killed = run_example(resumed, "--tokens", "2e4", "--kill_after", "9000")
+    arguments = ["--chunk_size", "512", "--tokens", "2e4", "--output_dir"]
+    results = [stream_a_billion.main([*arguments, str(straight)])]
+    killed = subprocess.run(
+        [sys.executable, stream_a_billion.__file__, *arguments, str(resumed), "--kill_after", "9000"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert run_example(resumed, "--tokens", "2e4").returncode == 0
-    results = [json.loads((folder / "results.json").read_text()) for folder in (straight, resumed)]
-    assert results[0]["loss"] == results[1]["loss"] and results[0]["buckets"] == results[1]["buckets"]
-    assert results[0]["cache_bytes"] == results[1]["cache_bytes"]
-    assert results[1]["points"][-1]["position"] == 20_000 and (resumed / "stream.png").stat().st_size > 10_000
+    results.append(stream_a_billion.main([*arguments, str(resumed)]))
+    assert results[1] == json.loads((resumed / "results.json").read_text())
+    for name in ("loss", "buckets", "cache_bytes"):
+        assert results[0][name] == results[1][name]
+    assert [point["position"] for point in results[1]["points"]] == [p["position"] for p in results[0]["points"]]
+    assert (resumed / "stream.png").stat().st_size > 10_000
     states = [load_file(folder / "state.safetensors") for folder in (straight, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_decoding_benchmark_measures_all_sides():
+    arguments = "--rounds 1 --reading_rounds 1 --tokens_per_turn 1 --context 300 --chunk_size 100"
+    result = benchmark_decoding.main(arguments.split())
+    assert len(result["decoding_seconds_per_token"]) == 5
+    assert all(ratio > 0 for ratios in result["ratios"].values() for ratio in ratios.values())

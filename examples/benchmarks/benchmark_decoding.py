@@ -1,0 +1,148 @@
+"""How fast does a LongNet decode with its bounded cache? At any position alike, and against dense attention.
+
+    python -m examples.benchmarks.benchmark_decoding --output docs/results/benchmark_decoding.json
+
+A random LongNet of 4 layers, 256 wide, with 4 heads. All sides take turns, a few tokens each, and minima and medians
+over the turns are reported, so that other work on the machine troubles all sides alike. A cache is put to its position
+without reading the text before it: what is in the slots changes no speed. "Dense" is the same model with one segment
+that is longer than the text, which is ordinary causal attention, with Transformers' dynamic or static cache, whichever
+is faster.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, StaticCache
+
+from examples.reporting import provenance, write_json
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.dilated_cache import DilatedCache
+
+
+SEGMENTS, RATES = (1024, 4096, 16384, 65536), (1, 4, 16, 64)
+CONTEXT = 32768
+
+
+def make_model(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...]) -> LongNetForCausalLM:
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+        segment_lengths=segment_lengths, dilation_rates=dilation_rates, max_position_embeddings=2**20,
+        position_embedding_type="rope",
+    )  # fmt: skip
+    return LongNetForCausalLM(config).eval()
+
+
+def bounded_at(model: LongNetForCausalLM, position: int) -> DilatedCache:
+    cache = DilatedCache(model.config)
+    model(torch.zeros(1, 8, dtype=torch.long), past_key_values=cache)
+    for layer in cache.dilated_layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    cache.clock.positions.fill_(position)
+    cache.clock.seen.fill_(position)
+    return cache
+
+
+def dense_at(model: LongNetForCausalLM, position: int, static: bool) -> Cache:
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=position + 4096) if static else DynamicCache(config=config)
+    for index in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, 1, config.num_attention_heads, position, config.head_dim), index)
+    return cache
+
+
+def decode(model: LongNetForCausalLM, cache: Cache, count: int) -> float:
+    """Seconds per token."""
+    token = torch.zeros(1, 1, dtype=torch.long)
+    start = time.perf_counter()
+    for _ in range(count):
+        model(token, past_key_values=cache)
+    return (time.perf_counter() - start) / count
+
+
+def read(model: LongNetForCausalLM, text: torch.Tensor, chunk_size: int | None) -> float:
+    """Seconds per token of reading a text whole, or in chunks through a bounded cache."""
+    start = time.perf_counter()
+    if chunk_size is None:
+        model(text, use_cache=False, logits_to_keep=1)
+    else:
+        cache = DilatedCache(model.config)
+        for chunk in text.split(chunk_size, 1):
+            model(chunk, past_key_values=cache, logits_to_keep=1)
+    return (time.perf_counter() - start) / text.shape[1]
+
+
+def take_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
+    """Minimum and median seconds per token of each side; the first turn of each is not counted."""
+    times = {name: [] for name in sides}
+    for turn in tqdm(range(rounds + 1), unit="round"):
+        for name, side in sides.items():
+            seconds = side()
+            if turn:
+                times[name].append(seconds)
+    return {name: {"minimum": min(t), "median": sorted(t)[len(t) // 2]} for name, t in times.items()}
+
+
+@torch.no_grad()
+def measure(rounds: int, reading_rounds: int, tokens_per_turn: int, context: int, chunk_size: int) -> dict:
+    sparse, dense = make_model(SEGMENTS, RATES), make_model((2**20,), (1,))
+    caches = {
+        "bounded cache at 5,000": (sparse, bounded_at(sparse, 5_000)),
+        "bounded cache at 500,000": (sparse, bounded_at(sparse, 500_000)),
+        f"bounded cache at {context:,}": (sparse, bounded_at(sparse, context)),
+        f"dense, dynamic cache at {context:,}": (dense, dense_at(dense, context, static=False)),
+        f"dense, static cache at {context:,}": (dense, dense_at(dense, context, static=True)),
+    }
+    decoding = take_turns(
+        {name: lambda pair=pair: decode(*pair, tokens_per_turn) for name, pair in caches.items()}, rounds
+    )
+    text = torch.randint(0, 256, (1, context))
+    reading = take_turns(
+        {"whole": lambda: read(sparse, text, None), "in chunks": lambda: read(sparse, text, chunk_size)},
+        reading_rounds,
+    )
+    near, far, bounded, *others = decoding.values()
+    return {
+        "decoding_seconds_per_token": decoding,
+        "reading_seconds_per_token": reading,
+        "ratios": {
+            key: {
+                "decoding at 500,000 over decoding at 5,000": far[key] / near[key],
+                f"dense over bounded at {context:,}": min(other[key] for other in others) / bounded[key],
+                f"throughput in chunks of {chunk_size:,} over whole": (
+                    reading["whole"][key] / reading["in chunks"][key]
+                ),
+            }
+            for key in ("minimum", "median")
+        },
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--reading_rounds", type=int, default=5)
+    parser.add_argument("--tokens_per_turn", type=int, default=8)
+    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--chunk_size", type=int, default=4096)
+    parser.add_argument("--output", type=Path, help="a JSON file for the result")
+    given = parser.parse_args(arguments)
+    result = measure(given.rounds, given.reading_rounds, given.tokens_per_turn, given.context, given.chunk_size)
+    result = {"provenance": provenance(), "segment_lengths": SEGMENTS, "dilation_rates": RATES, **result}
+    for name, times in (result["decoding_seconds_per_token"] | result["reading_seconds_per_token"]).items():
+        print(f"{name:36} {times['minimum'] * 1e3:9.4f} ms per token at least, median {times['median'] * 1e3:9.4f}")
+    for key, ratios in result["ratios"].items():
+        for name, ratio in ratios.items():
+            print(f"{name:56} {ratio:6.2f} (of the {key} times)")
+    if given.output:
+        write_json(given.output, result)
+    return result
+
+
+if __name__ == "__main__":
+    main()
