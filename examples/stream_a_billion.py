@@ -162,7 +162,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     speeds = [point["tokens_per_second"] for point in points]
     print(
         f"{len(text):,} tokens, perplexity {result['perplexity']:.3f}; "
-        f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens/s; cache {result['cache_bytes'] / 2**20:.1f} MiB; results.json and stream.png in {folder}"
+        f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens/s; cache {result['cache_bytes'] / 2**20:.1f} MiB; "
+        f"results.json and stream.png in {folder}"
     )
     return result
 

@@ -51,8 +51,9 @@ class DilatedCache(Cache):
     """Keys and values for texts of any length in memory that does not grow with them, and exact.
 
     Pattern i only ever needs the selected rows of its current segment. Each key/value head of a layer has
-    S = num_sink_tokens + window + sum over i of U_i * ceil(w_i / r_i) slots, where U_i <= min(H / G, r_i) is the most
-    distinct offsets that the query heads of one key/value head have, and a sliding window stands for pattern 0. That is
+    S = num_sink_tokens + sum over i of U_i * ceil(w_i / r_i) slots, where U_i <= min(H / G, r_i) is the most
+    distinct offsets that the query heads of one key/value head have (a sliding window keeps the w_0 slots of pattern 0,
+    for the dense start of a text). That is
 
         2 * layers * B * G * (S rounded up to a multiple of 8, beyond S) * D * (bytes of an element)
 
@@ -181,7 +182,8 @@ class DilatedCache(Cache):
         if removed > clock.waiting:
             raise ValueError(
                 f"`tokens_to_remove`: a bounded cache can forget the tokens recorded since the last `crop`, "
-                f"{clock.waiting}, got {tokens_to_remove}. Call `activate_past_recording()` before the tokens that may have to go."
+                f"{clock.waiting}, got {tokens_to_remove}. Call `activate_past_recording()` before the tokens that may "
+                "have to go."
             )
         kept = clock.waiting - removed
         for layer in self.dilated_layers:

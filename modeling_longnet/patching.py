@@ -182,8 +182,8 @@ def patch_model(
     Args:
         model: a decoder of Transformers, or a PEFT model around one.
         segment_lengths: w_i in tokens, not decreasing. `dilation_rates`: r_i, as many.
-        head_offsets, overlap, num_sink_tokens, local: as in `DilationSchedule`. The defaults are those that a pretrained
-            model suffers from least at equal cost, as measured in docs/zero_shot_patch_study.md.
+        head_offsets, overlap, num_sink_tokens, local: as in `DilationSchedule`. The defaults are those from which a
+            pretrained model suffers least at equal cost, as measured in docs/zero_shot_patch_study.md.
         layers: the layers to patch, as indices or as a function of the index; the others keep their attention.
             By default every layer that can be; sliding-window, linear and similar layers are left alone and named.
         backend: of the operator (`None`, `"eager"`, `"sdpa"`, `"flash_attention_2"`).
