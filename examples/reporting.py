@@ -42,7 +42,8 @@ def _command() -> str:
 
 def provenance() -> dict[str, Any]:
     """Hardware, date, commit, command and versions, as plain JSON."""
-    cpu = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     return {
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "date": datetime.date.today().isoformat(),

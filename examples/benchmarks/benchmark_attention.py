@@ -210,9 +210,10 @@ def against_dense(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot_kernel_ratio(axes, result):
-    axes.boxplot([[row["cpu_seconds"] for row in rows] for rows in result["times"].values()])
+    seconds = [[row["cpu_seconds"] for row in rows] for rows in result["times"].values()]
+    axes.boxplot(seconds)
     axes.set_xticks([1, 2], list(result["times"]))
-    axes.set(ylabel="CPU seconds, forward + backward", ylim=(0, None))
+    axes.set(ylabel="CPU seconds, forward + backward", ylim=(0, 1.1 * max(map(max, seconds))))
     ratios, memory = result["ratios"], result["memory"]["multiple_of_qkv"]
     axes.set_title(f"operator / bare kernels: {ratios['cpu_seconds']:.2f} of CPU time, {ratios['seconds']:.2f} by the\n"
                    f"clock; peak memory {memory:.1f} times q, k and v", fontsize=9)  # fmt: skip
