@@ -185,6 +185,8 @@ class DilatedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _set_layout(self, layout: SlotLayout) -> None:
+        # One object for all layers alike: what a step computes for one of them is then found by the others.
+        layout = next((layer.layout for layer in self.clock.layers if layer.layout == layout), layout)
         self.layout, self.layout_name = layout, layout_name(layout)
         self.tables = layout.tables(self.device)
 

@@ -21,6 +21,7 @@ from modeling_longnet import LongNetForCausalLM
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_layer import Clock, DilatedLayer
+from modeling_longnet.dilated_cache_layout import SlotLayout
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.patching import patch_model, unpatch_model
 
@@ -257,6 +258,15 @@ def test_rows_are_reordered_repeated_and_selected():
         read(model, text[:, :35], [35], cache)
         change(cache)
         torch.testing.assert_close(read(model, text[rows, 35:], 1, cache), whole[rows, 35:], atol=1e-5, rtol=0)
+
+
+def test_layers_share_what_a_step_computes(monkeypatch):
+    model, text, calls = longnet(num_hidden_layers=3), tokens(1, 40), []
+    live = SlotLayout.live
+    monkeypatch.setattr(SlotLayout, "live", lambda *given: calls.append(1) or live(*given))
+    cache = DilatedCache(model.config, max_length=4)
+    read(model, text, [20] + [1] * 20, cache)
+    assert len(calls) == 20
 
 
 def test_reset_makes_a_new_cache():
