@@ -115,7 +115,9 @@ def read_card(hub: Hub, name: str) -> ModelCard:
 def test_a_push_writes_a_card(hub, published, name):
     card = read_card(hub, name)
     assert {"longnet", "dilated-attention"} <= set(card.data.tags) and card.data.library_name == "transformers"
-    assert "| b | 16 | 2 | 8 |" in card.text and draw_schedule(DilationSchedule((8, 16, 32), (1, 2, 4))) in card.text
+    options = {"num_sink_tokens": 4, "local": "sliding"} if name in ("patched", "plainly-pushed") else {}
+    schedule = DilationSchedule((8, 16, 32), (1, 2, 4), **options)
+    assert "| b | 16 | 2 | 8 |" in card.text and draw_schedule(schedule) in card.text
     assert f'"tester/{name}"' in card.text and "More Information Needed" not in card.text
 
 
