@@ -25,7 +25,7 @@ lint: install
 
 demo: install $(VENV)/.installed-demo
 	@echo "make demo: SmolLM2-135M gets dilated attention and a LoRA adapter for it, on the text of Python's language"
-	@echo "reference; about 8 minutes on 2 CPU cores, the first time one more to unpack the checkpoint."
+	@echo "reference; about 6 minutes on 2 CPU cores."
 	$(BIN)/python examples/lora_finetune.py --demo
 
 demo-train: install
