@@ -18,7 +18,6 @@ Letters: B batch, H query heads, G key/value heads, Q tokens of the queries, N t
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -33,103 +32,21 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .configuration_longnet import LongNetConfig
-from .dilated_attention import dilated_attention
-from .dilated_attention_reference import dilated_attention_reference
 from .dilated_cache import DilatedCache, prepare_dilated_cache
 from .document_ids import Documents, find_documents, query_extent, reorder, restore_order
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
 
 
 logger = logging.get_logger(__name__)
-
-
-def schedule_arguments(module: nn.Module, is_causal: bool | None) -> dict:
-    """What the operator has to know about the schedule and about the heads that `module` holds."""
-    config = module.config
-    return {
-        "segment_lengths": config.segment_lengths,
-        "dilation_rates": config.dilation_rates,
-        "is_causal": module.is_causal if is_causal is None else is_causal,
-        "head_offsets": config.head_offsets,
-        "overlap": config.overlap,
-        "num_sink_tokens": config.num_sink_tokens,
-        "padding": config.padding,
-    }
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    query_offset: int | torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, with its joint weights [B, H, Q, N]; `attention_mask` are the document ids [B, N] of the keys."""
-    output, weights = dilated_attention_reference(
-        query,
-        key,
-        value,
-        **schedule_arguments(module, is_causal),
-        scale=scaling,
-        dropout=dropout,
-        document_ids=attention_mask,
-        query_offset=query_offset,
-        return_weights=True,
-    )
-    return output.transpose(1, 2).contiguous(), weights
-
-
-def fused_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    backend: str,
-    dropout: float = 0.0,
-    query_offset: int | torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    output_attentions: bool | None = None,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """The operator with the kernels that `backend` names; `attention_mask` are the document ids [B, N] of the keys."""
-    if output_attentions:
-        logger.warning_once(
-            f"`output_attentions=True` gives none with attn_implementation='{backend}', which never forms the N x N "
-            "weights: call model.set_attn_implementation('eager') first."
-        )
-    if dropout > 0:
-        logger.warning_once(
-            f"The '{backend}' kernels have no dropout: with `attention_dropout` > 0 training uses the operator's plain "
-            "PyTorch form, which is slower."
-        )
-        backend = "eager"
-    output = dilated_attention(
-        query,
-        key,
-        value,
-        **schedule_arguments(module, is_causal),
-        scale=scaling,
-        dropout=dropout,
-        document_ids=attention_mask,
-        query_offset=query_offset,
-        backend=backend,
-    )
-    return output.transpose(1, 2).contiguous(), None
 
 
 def read_documents(
@@ -154,15 +71,6 @@ def read_documents(
         key_length=key_length,
         device=device,
     )
-
-
-class LongNetAttentionInterface(AttentionInterface):
-    """Only the names below: every function of the library's own table would compute dense attention."""
-
-    _global_mapping = {name: partial(fused_attention_forward, backend=name) for name in ("sdpa", "flash_attention_2")}
-
-
-ALL_ATTENTION_FUNCTIONS = LongNetAttentionInterface()
 
 
 def mark_magneto_gains(config: LongNetConfig, linears: dict[nn.Linear, bool]) -> None:

@@ -27,6 +27,7 @@ from modeling_longnet import (
 CODE = {
     "configuration_longnet.py",
     "modeling_longnet.py",
+    "attention_functions.py",
     "position_embeddings.py",
     "document_ids.py",
     # the operator

@@ -1,0 +1,111 @@
+# Copyright 2026 The longnet-transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What LongNet offers as `attn_implementation`: dilated attention in the form that Transformers' models call.
+
+Letters: B batch, H query heads, G key/value heads, Q tokens of the queries, N tokens of the keys, D head dimension.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+
+from .dilated_attention import dilated_attention
+from .dilated_attention_reference import dilated_attention_reference
+
+
+logger = logging.get_logger(__name__)
+
+
+def operator_arguments(
+    module: nn.Module,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    query_offset: int | torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> dict:
+    """The operator's arguments besides the tensors; `attention_mask` are the document ids [B, N] of the keys."""
+    config = module.config
+    return {
+        "segment_lengths": config.segment_lengths,
+        "dilation_rates": config.dilation_rates,
+        "is_causal": module.is_causal if is_causal is None else is_causal,
+        "head_offsets": config.head_offsets,
+        "overlap": config.overlap,
+        "num_sink_tokens": config.num_sink_tokens,
+        "padding": config.padding,
+        "scale": scaling,
+        "dropout": dropout,
+        "document_ids": attention_mask,
+        "query_offset": query_offset,
+    }
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition: query [B, H, Q, D], key and value [B, G, N, D] to output [B, Q, H, D], weights [B, H, Q, N]."""
+    arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
+    output, weights = dilated_attention_reference(query, key, value, **arguments, return_weights=True)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def fused_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    backend: str,
+    dropout: float = 0.0,
+    output_attentions: bool | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """The operator, with the kernels that `backend` names: the same shapes, and no weights."""
+    if output_attentions:
+        logger.warning_once(
+            f"`output_attentions=True` gives none with attn_implementation='{backend}', which never forms the N x N "
+            "weights: call model.set_attn_implementation('eager') first."
+        )
+    if dropout > 0:
+        logger.warning_once(
+            f"The '{backend}' kernels have no dropout: with `attention_dropout` > 0 training uses the operator's plain "
+            "PyTorch form, which is slower."
+        )
+        backend = "eager"
+    arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
+    output = dilated_attention(query, key, value, **arguments, backend=backend)
+    return output.transpose(1, 2).contiguous(), None
+
+
+class LongNetAttentionInterface(AttentionInterface):
+    """Only the names below: every function of the library's own table would compute dense attention."""
+
+    _global_mapping = {name: partial(fused_attention_forward, backend=name) for name in ("sdpa", "flash_attention_2")}
+
+
+ALL_ATTENTION_FUNCTIONS = LongNetAttentionInterface()
