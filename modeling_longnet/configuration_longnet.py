@@ -277,15 +277,7 @@ class LongNetConfig(PreTrainedConfig):
     @property
     def dilation_schedule(self) -> DilationSchedule:
         """The validated schedule that the attention follows."""
-        return DilationSchedule(
-            segment_lengths=tuple(self.segment_lengths),
-            dilation_rates=tuple(self.dilation_rates),
-            is_causal=self.is_causal,
-            head_offsets=self.head_offsets,
-            overlap=self.overlap,
-            num_sink_tokens=self.num_sink_tokens,
-            padding=self.padding,
-        )
+        return DilationSchedule.from_config(self)
 
     @property
     def xpos_is_centred_per_segment(self) -> bool:

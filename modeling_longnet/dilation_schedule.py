@@ -5,7 +5,7 @@ D head dimension, w segment length, r dilation rate, s offset of a head, i patte
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 
 HEAD_OFFSETS = ("modulo", "contiguous")
@@ -106,6 +106,11 @@ class DilationSchedule:
             raise ValueError(
                 f"`local='sliding'` wants a first dilation rate of 1, got {self.dilation_rates[0]} in `dilation_rates`."
             )
+
+    @classmethod
+    def from_config(cls, config) -> "DilationSchedule":
+        """The schedule in the fields of a model's configuration; what it has no field for is as above."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)})
 
     @property
     def patterns(self) -> tuple[tuple[int, int], ...]:

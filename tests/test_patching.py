@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from modeling_longnet import patched_attention
 from modeling_longnet.dilated_attention_reference import attention_counts
+from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.patching import is_patched, load_patched_model, patch_model, report, unpatch_model
 
@@ -467,3 +468,11 @@ def test_device_map_hooks_carry_the_mask(input_ids, tmp_path):
     plain, mask = load_patched_model(tmp_path / "model"), left_pad(input_ids, [45, 30])
     both = [logits(m, input_ids, attention_mask=mask) for m in (offloaded, plain)]
     torch.testing.assert_close(both[0][mask > 0], both[1][mask > 0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_sink_tokens": 2}, {"overlap": "count"}], ids=str)
+def test_refused_bounded_cache_of_another_schedule(patched, input_ids, changes):
+    other = patch_model(tiny_llama(), *([8, 32], [1, 2]) if not changes else SCHEDULE, **changes)
+    cache = DilatedCache(other.config)
+    with pytest.raises(ValueError, match="`past_key_values` was made for another model"):
+        patched(input_ids, past_key_values=cache)
