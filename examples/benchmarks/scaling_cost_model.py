@@ -1,6 +1,6 @@
 """What would a step cost with 1M to 1B tokens on 8 to 1,024 GPUs? A plan on paper; docs/scaling.md explains it.
 
-    python examples/benchmarks/scaling_cost_model.py --preset configuration/longnet-2.7b.json
+    python -m examples.benchmarks.scaling_cost_model --preset configuration/longnet-2.7b.json
 
 The bytes that travel are a bound on what sequence_exchange.py plans (a test compares the two). Speeds are assumptions,
 given as options; nothing here was timed on a GPU.
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from examples.reporting import provenance, write_json
 from modeling_longnet import LongNetConfig
-from reporting import provenance, write_json
 
 
 @dataclass

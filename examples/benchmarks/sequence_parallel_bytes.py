@@ -4,7 +4,7 @@ The schedule is geometric: each pattern is four times as long and as sparse as t
 Counted is what the exchange of the ranks' plans says they send, for a layer's forward; the backward sends as much back.
 tests/test_sequence_parallel.py runs these plans. No process is started here.
 
-    python examples/benchmarks/sequence_parallel_bytes.py --output docs/results/sequence_parallel_bytes.json
+    python -m examples.benchmarks.sequence_parallel_bytes --output docs/results/sequence_parallel_bytes.json
 """
 
 import argparse
@@ -12,9 +12,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from examples.reporting import new_figure, provenance, save_figure, write_json
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.sequence_exchange import Heads, SequenceLayout, plan_exchange
-from reporting import new_figure, provenance, save_figure, write_json
+
+
+MIB = 2**20
 
 
 def geometric(length: int, first: int) -> DilationSchedule:
@@ -79,9 +82,13 @@ def main(arguments: list[str] | None = None) -> dict:
         write_json(args.output, result)
         figure, (axes,) = new_figure()
         lengths = [row["tokens"] for row in rows]
-        axes.loglog(lengths, [max(row["bytes received by each rank"]) for row in rows], "o-", label="the rows needed")
-        axes.loglog(lengths, [row["all keys"] for row in rows], "s--", label="all keys and values")
-        axes.set(xlabel="tokens of the text", ylabel=f"bytes received by a rank of {args.ranks}, a layer's forward")
+        needed = [max(row["bytes received by each rank"]) / MIB for row in rows]
+        axes.loglog(lengths, needed, "o-", label="the rows needed")
+        axes.loglog(lengths, [row["all keys"] / MIB for row in rows], "s--", label="all keys and values")
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        title = f"received by one of {args.ranks} ranks in a layer's forward"
+        axes.set(xlabel="tokens of the text", ylabel="MiB", title=title)
         axes.legend()
         save_figure(figure, args.output.with_suffix(".png"), result["provenance"])
     return result
