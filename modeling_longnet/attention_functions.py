@@ -57,6 +57,11 @@ def operator_arguments(
     }
 
 
+def is_pair_mask(attention_mask: torch.Tensor | None) -> bool:
+    """Whether it says who may look at whom, as bool [B, 1, Q, N], in place of document ids."""
+    return attention_mask is not None and attention_mask.dim() == 4
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -69,6 +74,11 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: query [B, H, Q, D], key and value [B, G, N, D] to output [B, Q, H, D], weights [B, H, Q, N]."""
     arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
+    if is_pair_mask(attention_mask):
+        if module.config.padding == "zeros":
+            raise ValueError("`attention_mask` of pairs tells no document's length, which `padding='zeros'` needs.")
+        pairs = {"pair_mask": attention_mask[:, 0], "position": kwargs["position_ids"].expand(len(query), -1)}
+        arguments |= {"document_ids": None, **pairs}
     output, weights = dilated_attention_reference(query, key, value, **arguments, return_weights=True)
     return output.transpose(1, 2).contiguous(), weights
 
@@ -91,6 +101,8 @@ def fused_attention_forward(
             f"`output_attentions=True` gives none with attn_implementation='{backend}', which never forms the N x N "
             "weights: call model.set_attn_implementation('eager') first."
         )
+    if is_pair_mask(attention_mask):  # the kernels know documents only
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)[0], None
     if dropout > 0:
         logger.warning_once(
             f"The '{backend}' kernels have no dropout: with `attention_dropout` > 0 training uses the operator's plain "

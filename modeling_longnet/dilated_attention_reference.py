@@ -28,13 +28,22 @@ def attention_counts(
     query_length: int,
     head_index_offset: int = 0,
     total_num_heads: int | None = None,
+    pair_mask: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many patterns offer each key to each query, [B, H, Q, N], and how many zero keys do, [B, H, Q]."""
+    """How many patterns offer each key to each query, [B, H, Q, N], and how many zero keys do, [B, H, Q].
+
+    In place of documents, `pair_mask` [B, Q, N] may say who may look at whom, and `position` [B, N] where each token
+    stands: then the texts that share a prefix, or branch like a tree, need not lie in a row.
+    """
     device = document_ids.device
-    position, start = document_positions(document_ids)
     rows = query_offset + torch.arange(query_length, device=device)
+    if pair_mask is None:
+        position, start = document_positions(document_ids)
+        visible = (start[:, rows, None] == start[:, None, :]) & (document_ids >= 0)[:, rows, None]  # [B, Q, N]
+    else:
+        visible = pair_mask
     q_pos, k_pos = position[:, rows, None], position[:, None, :]
-    visible = (start[:, rows, None] == start[:, None, :]) & (document_ids >= 0)[:, rows, None]  # [B, Q, N]
     length = visible.sum(-1)  # of the query's document, [B, Q]
     if schedule.is_causal:
         visible = visible & (k_pos <= q_pos)
@@ -80,13 +89,16 @@ def dilated_attention_reference(
     total_num_heads: int | None = None,
     document_ids: torch.Tensor | None = None,
     query_offset: int | torch.Tensor | None = None,
+    pair_mask: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Dilated attention by its definition, in N x N memory and in the dtype of the inputs, float64 included.
 
-    The arguments are those of `dilated_attention`; so is the result: out [B, H, Q, D], then the log-sum-exp [B, H, Q]
-    if `return_lse`, then the attention weights [B, H, Q, N] if `return_weights`.
+    The arguments are those of `dilated_attention`, and `attention_counts`'s pair_mask and position; so is the result:
+    out [B, H, Q, D], then the log-sum-exp [B, H, Q] if `return_lse`, then the attention weights [B, H, Q, N] if
+    `return_weights`.
     """
     schedule = DilationSchedule(
         tuple(segment_lengths), tuple(dilation_rates), is_causal, head_offsets, overlap, num_sink_tokens, padding, local
@@ -96,7 +108,7 @@ def dilated_attention_reference(
         document_ids = query.new_zeros(batch, length, dtype=torch.long)
     offset = length - query_length if query_offset is None else query_offset
     counts, zeros = attention_counts(
-        schedule, num_heads, document_ids, offset, query_length, head_index_offset, total_num_heads
+        schedule, num_heads, document_ids, offset, query_length, head_index_offset, total_num_heads, pair_mask, position
     )
     counts, zeros = counts.to(query.dtype), zeros.to(query.dtype)
     key, value = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key, value))

@@ -14,6 +14,9 @@ from .dilation_schedule import DilationSchedule
 from .document_ids import Documents, find_documents, restore_order
 
 
+_ROOM_STEP = 64  # tokens
+
+
 def schedule_of(config) -> DilationSchedule:
     """The schedule in the configuration of a LongNet or of a patched model.
 
@@ -29,10 +32,7 @@ def schedule_of(config) -> DilationSchedule:
         raise ValueError(
             f"`config` must be that of a LongNet or of a patched model, got {type(config).__name__} without a schedule."
         )
-    return DilationSchedule(
-        tuple(config.segment_lengths), tuple(config.dilation_rates), config.is_causal, config.head_offsets,
-        config.overlap, config.num_sink_tokens, config.padding, getattr(config, "local", "segment"),
-    )  # fmt: skip
+    return DilationSchedule.from_config(config)
 
 
 def _padding_first(documents: Documents) -> Documents:
@@ -47,7 +47,7 @@ def _padding_first(documents: Documents) -> Documents:
     return documents._replace(ids=ids.gather(1, order), order=order)
 
 
-class DilatedCache(Cache):
+class DilatedCache(DynamicCache):
     """Keys and values for texts of any length in memory that does not grow with them, and exact.
 
     Pattern i only ever needs the selected rows of its current segment. Each key/value head of a layer has
@@ -64,7 +64,7 @@ class DilatedCache(Cache):
     Args:
         config: of a LongNet or a patched model. Layers that a patch has left alone keep the cache that they had.
         max_length: tokens to make room for at first; texts that grow longer make the cache grow, up to S. None for all
-            of S at once, which compiled decoding wants.
+            of S at once: shapes are then static, and `generate` compiles decoding where it does so for a StaticCache.
 
     Raises:
         ValueError: a configuration without a causal schedule.
@@ -85,7 +85,7 @@ class DilatedCache(Cache):
         layers += [None] * (config.num_hidden_layers - len(layers))
         for index in patched:
             layers[index] = DilatedLayer(self.schedule, self.clock, max_length, heads_per_key, index)
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)
         self.dilated_layers = self.clock.layers = [layers[index] for index in patched]
         self.dilated_layers[0].is_first = self.dilated_layers[-1].is_last = True
 
@@ -115,13 +115,15 @@ class DilatedCache(Cache):
         )  # fmt: skip
         self.clock.check_positions(position_ids, documents.ids)
         documents = _padding_first(documents)
+        self.clock.had_padding_behind |= documents.order is not None
         if self.clock.positions is None:
             return documents
         positions = documents.positions + self.clock.next_positions().to(device)[:, None]
         if documents.ids is not None:
             real = documents.ids if documents.order is None else restore_order(documents.ids, documents.order, 1)
             positions = positions.masked_fill(real < 0, 0)
-        return documents._replace(positions=positions)
+        is_split = torch.ones(1, 1, dtype=torch.bool, device=device) if self.clock.had_padding_behind else None
+        return documents._replace(positions=positions, is_split=is_split)
 
     def check_model(self, config) -> None:
         """Refuses a model of another schedule or depth than the one that this cache was made for."""
@@ -220,7 +222,7 @@ class DilatedCache(Cache):
     def reset(self) -> None:
         super().reset()
         clock = self.clock
-        clock.step, clock.waiting = None, 0
+        clock.step, clock.waiting, clock.had_padding_behind = None, 0, False
         if clock.positions is not None:
             for tensor in (clock.positions, clock.pads, clock.seen):
                 tensor.zero_()
@@ -235,7 +237,7 @@ class DilatedCache(Cache):
         return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
 
 
-def prepare_dilated_cache(model, generation_config, model_kwargs: dict, batch_size: int, max_cache_length: int) -> bool:
+def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cache_length: int) -> bool:
     """Puts a DilatedCache into `generate`'s arguments, unless another cache, or weights of all keys, are wanted."""
     if (
         model_kwargs.get("past_key_values") is not None
@@ -244,21 +246,11 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, batch_si
         or generation_config.output_attentions
     ):
         return False
-    config = model.config
-    cache = DilatedCache(config, max_length=max(1, max_cache_length))
+    # In steps, so that texts of nearly the same length get slots of the same shape.
+    steps = max(1, -(-max_cache_length // _ROOM_STEP))
+    model_kwargs["past_key_values"] = DilatedCache(model.config, max_length=steps * _ROOM_STEP)
     if generation_config.is_assistant:
-        cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
-    if generation_config.prefill_chunk_size and model._valid_auto_compile_criteria(model_kwargs, generation_config):
-        # The first forward is compiled, and tensors that live on cannot be made in there.
-        heads = config.num_attention_heads
-        cache.early_initialization(
-            batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1),
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads,
-            model.dtype,
-            model.device,
-        )
+        model_kwargs["past_key_values"].activate_past_recording()
     return True
 
 

@@ -39,12 +39,14 @@ class Clock:
 
     positions: tokens of each row that are in the slots, int64 [B]. seen: all columns, padding included, int64 [].
     waiting: columns that wait for a `crop` to be kept; pads: how many of them are padding on the left, int64 [B].
+    had_padding_behind: whether padding ever stood behind a row's tokens, so that `position_ids` may have lost count.
     """
 
     def __init__(self):
         self.layers: list[DilatedLayer] = []
         self.positions = self.seen = self.pads = None
         self.waiting = 0
+        self.had_padding_behind = False
         self.step: Step | None = None
 
     def start(self, batch: int, device: torch.device) -> None:
@@ -96,6 +98,8 @@ class Clock:
         """Refuses tokens whose `position_ids` [B, Q] say that a new document begins where a row's text should go on."""
         if position_ids is None or self.positions is None or torch.compiler.is_compiling():
             return
+        if self.had_padding_behind:  # `generate` then counts on from the padding's position
+            return
         restarts = position_ids < self.next_positions().to(position_ids.device)[:, None]
         if bool((restarts if ids is None else restarts & (ids >= 0).all(1, keepdim=True)).any()):
             raise ValueError(
@@ -143,7 +147,6 @@ class DilatedLayer(CacheLayerMixin):
     `update` is for models that know no other method; it marks the keys so that a patched attention finds the layer.
     """
 
-    is_compileable = True
     is_croppable = True
     is_sliding = False
 
@@ -154,6 +157,7 @@ class DilatedLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.schedule, self.clock, self.heads_per_key = schedule, clock, heads_per_key
         self.max_length = max_length if max_length and max_length < max(schedule.segment_lengths) else None
+        self.is_compileable = max_length is None  # else it may grow, as a DynamicCache does
         self.is_first = self.is_last = False
         self.record_past = False
         self.layout: SlotLayout | None = None

@@ -19,11 +19,14 @@ class Documents(NamedTuple):
     order: [B, N], the keys' indices with the padding moved to the front, for rows that have padding between their
         tokens; then `ids` are in this order. None where tokens lie side by side.
     positions: [B, Q] or [1, Q], the place of each query in its document; 0 for padding.
+    is_split: [B, 1] or [1, 1], rows whose earlier text has padding between its tokens. `generate` counts their
+        `position_ids` on from the padding's, so the place in the document has to stand in. None: there are none.
     """
 
     ids: torch.Tensor | None
     order: torch.Tensor | None
     positions: torch.Tensor
+    is_split: torch.Tensor | None = None
 
 
 def query_extent(
@@ -50,12 +53,12 @@ def query_extent(
 
 def _check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length: int, key_length: int) -> None:
     if attention_mask.dim() == 4 and not attention_mask.is_floating_point() and attention_mask.dtype != torch.bool:
-        if attention_mask.shape == (batch_size, 1, 1, key_length):
+        if attention_mask.shape in ((batch_size, 1, 1, key_length), (batch_size, 1, 2, key_length)):
             return
     if attention_mask.dim() != 2:
         raise ValueError(
-            "`attention_mask` must have shape [batch, tokens] and tell padding (0) from tokens (1): dilated attention "
-            f"has no dense mask to combine another one with, got shape {tuple(attention_mask.shape)}."
+            "`attention_mask` must have shape [batch, tokens] and tell padding (0) from tokens (1), got shape "
+            f"{tuple(attention_mask.shape)}."
         )
     if attention_mask.shape[0] != batch_size or not length <= attention_mask.shape[1] <= key_length:
         raise ValueError(
@@ -68,6 +71,47 @@ def _check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length:
                 "`attention_mask` must hold 1 for tokens and 0 for padding, got other numbers; an additive mask (0 and "
                 "-inf) says the opposite."
             )
+
+
+def find_pairs(
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    *,
+    batch_size: int,
+    query_length: int,
+    key_length: int,
+    device: torch.device,
+) -> Documents:
+    """A mask of pairs, and the positions, as Documents whose `ids` are bool [B, 1, N, N], True where one may look.
+
+    Args:
+        attention_mask: [B or 1, 1, N, N], bool, or additive floats: 0 where a query may look, the dtype's least number
+            or -inf elsewhere.
+        position_ids: [B, N] or [1, N], the place of each token in its text; the default counts all tokens.
+
+    Raises:
+        ValueError: for masks of another shape, dtype or content, and with cached tokens, whose positions nobody knows.
+    """
+    if key_length != query_length:
+        raise ValueError(
+            "`attention_mask` of pairs must come with the whole text in one forward, without a filled or static "
+            f"`past_key_values`, got {query_length} of {key_length} tokens."
+        )
+    shape, wanted = tuple(attention_mask.shape), (1, query_length, query_length)
+    if shape[0] not in (1, batch_size) or shape[1:] != wanted:
+        raise ValueError(f"`attention_mask` of pairs must have shape {(batch_size, *wanted)}, got {shape}.")
+    visible = attention_mask.to(device)
+    if visible.is_floating_point():
+        hidden = visible <= torch.finfo(torch.float16).min
+        if not is_tracing(visible) and not (hidden | (visible == 0)).all():
+            raise ValueError(
+                "`attention_mask` of pairs must be bool or additive, 0 where a query may look and -inf (or the dtype's "
+                "least number) elsewhere: dilated attention adds no other numbers to its scores."
+            )
+        visible = ~hidden
+    if position_ids is None:
+        position_ids = torch.arange(query_length, device=device)[None]
+    return Documents(visible.expand(batch_size, -1, -1, -1), None, position_ids)
 
 
 def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -84,24 +128,29 @@ def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Te
     return begins & real
 
 
-def _side_by_side_order(ids: torch.Tensor, query_length: int, query_offset: int | torch.Tensor) -> torch.Tensor | None:
-    """Order [B, N] that moves padding to the front, if there is some between the tokens of a document; `ids` [B, N]."""
+def _side_by_side_order(
+    ids: torch.Tensor, query_length: int, query_offset: int | torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Order [B, N] that moves padding to the front, if there is some between the tokens of a document; `ids` [B, N].
+
+    With it, which rows have such padding before the new tokens, [B, 1].
+    """
     real = ids >= 0
     seen = ids.cummax(1).values[:, :-1]
     split = real[:, 1:] & ~real[:, :-1] & (ids[:, 1:] == seen)
     is_whole = query_length == ids.shape[1]
     if is_tracing(ids):
         # The values cannot be asked for. Reordering does no harm; with a cache the tokens must lie side by side.
-        return real.to(torch.uint8).argsort(dim=1, stable=True) if is_whole else None
+        return real.to(torch.uint8).argsort(dim=1, stable=True) if is_whole else None, None
     if not split.any():
-        return None
+        return None, None
     # Padding before the new tokens may be moved away from among them: what its queries then give is nobody's.
-    if not is_whole and (not isinstance(query_offset, int) or real[:, query_offset:].int().diff(dim=1).lt(0).any()):
+    if not is_whole and real[:, int(query_offset) :].int().diff(dim=1).lt(0).any():
         raise ValueError(
             "`attention_mask` has padding between the tokens of a row, which a static cache or a padded continuation "
             "cannot put aside. Pad on the left instead."
         )
-    return real.to(torch.uint8).argsort(dim=1, stable=True)
+    return real.to(torch.uint8).argsort(dim=1, stable=True), split[:, : int(query_offset)].any(1, keepdim=True)
 
 
 def find_documents(
@@ -125,7 +174,7 @@ def find_documents(
 
     Args:
         attention_mask: [B, query_offset + Q], 1 for tokens, 0 for padding; or the ids that this function made of one,
-            as an integer tensor [B, 1, 1, N].
+            as an integer tensor [B, 1, 1, N], or with the order, if there is one, as [B, 1, 2, N].
         position_ids: [B, Q] or [1, Q].
         query_offset: index of the first query among the keys; a 0-dim tensor for static caches.
         key_length: N. Beyond the last query there may be room that a static cache has not filled yet.
@@ -139,7 +188,11 @@ def find_documents(
         _check_attention_mask(attention_mask, batch_size, length, key_length)
         if attention_mask.dim() == 4:
             ids = attention_mask[:, 0, 0]
-            return Documents(ids, None, _positions(ids)[:, slots])
+            if attention_mask.shape[2] == 1:
+                return Documents(ids, None, _positions(ids)[:, slots])
+            order = attention_mask[:, 0, 1]
+            is_split = (order != torch.arange(key_length, device=device)).any(1, keepdim=True)
+            return Documents(ids, order, _positions(ids)[:, slots], is_split)
     elif position_ids is None:
         return Documents(None, None, slots[None])
 
@@ -160,16 +213,18 @@ def find_documents(
             return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
         begins = begins.index_copy(1, slots, begins_of_queries)
     ids = torch.where(real, begins.cumsum(1), -1)
-    order = _side_by_side_order(ids, query_length, query_offset)
+    order, is_split = _side_by_side_order(ids, query_length, query_offset)
     if order is not None:
         ids = ids.gather(1, order)
+    if is_split is not None:  # their positions tell no beginning
+        first = first.masked_fill(is_split, 0)
     ids = torch.where(torch.arange(key_length, device=device) >= first, ids, -1)
     if not is_tracing(ids) and not ids.any():
         return Documents(None, None, slots[None])
     positions = _positions(ids)
     if order is not None and query_length == key_length:
         positions = restore_order(positions, order, dim=1)
-    return Documents(ids, order, positions[:, slots])
+    return Documents(ids, order, positions[:, slots], is_split)
 
 
 def _positions(document_ids: torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, prepare_dilated_cache
-from .document_ids import Documents, find_documents, query_extent, reorder, restore_order
+from .document_ids import Documents, find_documents, find_pairs, query_extent, reorder, restore_order
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
 
 
 logger = logging.get_logger(__name__)
+
+PAIR_MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_documents(
@@ -62,15 +64,10 @@ def read_documents(
     if isinstance(past_key_values, DilatedCache):
         return 0, past_key_values.read_documents(attention_mask, position_ids, batch_size, query_length, device)
     query_offset, key_length = query_extent(past_key_values, query_length, device, is_causal)
-    return query_offset, find_documents(
-        attention_mask,
-        position_ids,
-        batch_size=batch_size,
-        query_length=query_length,
-        query_offset=query_offset,
-        key_length=key_length,
-        device=device,
-    )
+    extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype in PAIR_MASK_DTYPES:
+        return query_offset, find_pairs(attention_mask, position_ids, **extent)
+    return query_offset, find_documents(attention_mask, position_ids, query_offset=query_offset, **extent)
 
 
 def mark_magneto_gains(config: LongNetConfig, linears: dict[nn.Linear, bool]) -> None:
@@ -361,6 +358,8 @@ class LongNetModel(LongNetPreTrainedModel):
         )
         if position_ids is None:
             position_ids = documents.positions
+        elif documents.is_split is not None:
+            position_ids = torch.where(documents.is_split, documents.positions, position_ids)
         hidden_states, position_embeddings = self.embed(inputs_embeds, position_ids, documents.positions)
 
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
@@ -405,7 +404,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """`generate` runs in memory that does not grow with the text; `cache_implementation="dynamic"` keeps it all."""
-        if not prepare_dilated_cache(self, generation_config, model_kwargs, batch_size, max_cache_length):
+        if not prepare_dilated_cache(self, generation_config, model_kwargs, max_cache_length):
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -423,14 +422,16 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | None:
-        """The document ids of the keys as an integer tensor [B, 1, 1, N], which `forward` takes as `attention_mask`."""
+        """An `attention_mask` for `forward`: document ids of the keys [B, 1, 1, N], or [B, 1, 2, N] with an order."""
         (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
         _, documents = read_documents(
             attention_mask, position_ids, past_key_values, batch_size, query_length, device
         )
-        if documents.order is not None:
+        if documents.order is None:
+            return None if documents.ids is None else documents.ids[:, None, None]
+        if query_length == documents.ids.shape[1]:
             return attention_mask
-        return None if documents.ids is None else documents.ids[:, None, None]
+        return torch.stack([documents.ids, documents.order], dim=1)[:, None]
 
     @can_return_tuple
     @auto_docstring

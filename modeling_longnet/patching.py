@@ -293,7 +293,7 @@ def _prepare_cache_for_generation(
     self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
 ) -> None:
     """`generate` runs in memory that does not grow with the text; `cache_implementation="dynamic"` keeps it all."""
-    if not prepare_dilated_cache(self, generation_config, model_kwargs, batch_size, max_cache_length):
+    if not prepare_dilated_cache(self, generation_config, model_kwargs, max_cache_length):
         type(self)._prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

@@ -32,15 +32,19 @@ class LongNetRotaryEmbedding(nn.Module):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
-    @torch.no_grad()
     @dynamic_rope_update
+    def frequencies(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Inverse frequencies [D/2] in float32, on the device of `x`, for texts that reach as far as `position_ids`."""
+        return self.inv_freq.to(device=x.device, dtype=torch.float)
+
+    @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = position_ids[..., None].float() * self.frequencies(x, position_ids)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
-class LongNetXposRotaryEmbedding(LongNetRotaryEmbedding):
+class LongNetXposRotaryEmbedding(nn.Module):
     """xPos: RoPE on neighbouring pairs, times zeta ** (p / base) on queries and its inverse on keys.
 
     Only distances matter, so positions are counted from the middle of the largest segment (or of the whole range,
@@ -49,17 +53,22 @@ class LongNetXposRotaryEmbedding(LongNetRotaryEmbedding):
     Source: https://arxiv.org/abs/2212.10554, and torchscale/component/xpos_relative_position.py for the constants.
     """
 
+    def __init__(self, config: LongNetConfig):
+        super().__init__()
+        self.config = config
+        self.rotary_emb = LongNetRotaryEmbedding(config)
+
     @torch.no_grad()
-    @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """cos, sin and scale of positions [B, Q], each [B, Q, D] in float32."""
         width, span = self.config.head_dim, self.config.xpos_range
+        frequencies, factor = self.rotary_emb.frequencies(x, position_ids), self.rotary_emb.attention_scaling
         # CODEPATH: sinks, or segments that do not divide the largest one, let a query see another segment's keys.
         if self.config.xpos_is_centred_per_segment:
             position_ids = position_ids % span
         centred = (position_ids - span // 2)[..., None].float()
-        angles = centred * self.inv_freq.to(device=x.device, dtype=torch.float)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        angles = centred * frequencies
+        cos, sin = angles.cos() * factor, angles.sin() * factor
         pairs = torch.arange(0, width, 2, device=x.device, dtype=torch.float)
         scale = ((pairs + 0.4 * width) / (1.4 * width)) ** (centred / self.config.xpos_scale_base)
         return tuple(table.repeat_interleave(2, dim=-1) for table in (cos, sin, scale))

@@ -62,7 +62,7 @@ class Place:
 def locate_longnet(shard: Shard) -> Place:
     """As `LongNetModel` reads masks and positions of whole texts."""
     batch, length = shard.batch, shard.length
-    ids, order, positions = find_documents(
+    ids, order, positions, _ = find_documents(
         shard.attention_mask,
         shard.position_ids,
         batch_size=batch,

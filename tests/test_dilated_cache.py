@@ -225,6 +225,24 @@ def test_a_returned_cache_goes_on(model):
     assert torch.equal(second, once)
 
 
+def test_a_cache_that_went_on_is_that_of_one_run():
+    model, text, options = longnet(), tokens(2, 7), {"do_sample": False, "return_dict_in_generate": True}
+    once = model.generate(text, max_new_tokens=4, **options).past_key_values
+    first = model.generate(text, max_new_tokens=3, **options)
+    model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=1, **options)
+    for layer, expected in zip(first.past_key_values.layers, once.layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected.keys, atol=1e-6, rtol=0)
+        torch.testing.assert_close(layer.values, expected.values, atol=1e-6, rtol=0)
+
+
+def test_only_a_cache_that_cannot_grow_is_compiled_unasked():
+    """As with Transformers' own default: `generate` makes a dynamic cache, and leaves those as they are."""
+    model = longnet()
+    made = model.generate(tokens(1, 7), max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    assert isinstance(made, DilatedCache) and isinstance(made, DynamicCache) and not made.is_compileable
+    assert DilatedCache(model.config).is_compileable
+
+
 def longnet(**fields):
     return LongNetForCausalLM(tiny_config(**fields)).eval()
 
@@ -292,7 +310,7 @@ def test_memory_does_not_grow_and_follows_the_formula():
 
 
 def test_a_short_generation_takes_only_what_it_needs():
-    model = longnet()
+    model = longnet(segment_lengths=[64, 256], dilation_rates=[1, 2])
     whole = DilatedCache(model.config)
     read(model, tokens(1, 4), 4, whole)
     short = model.generate(tokens(1, 4), max_new_tokens=3, return_dict_in_generate=True).past_key_values

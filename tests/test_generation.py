@@ -105,6 +105,22 @@ def test_a_right_padded_batch_can_be_continued_with_a_dynamic_cache(changes):
         assert_close(found[row, kept], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("cache", [None, "dynamic", "static"])
+@every_variant
+def test_a_right_padded_batch_goes_on_as_its_rows_do_alone(changes, cache):
+    """Upstream's own tests generate from such batches: the first token is the padding's, what follows it is right."""
+    model = variant(changes)
+    prompt, lengths = tokens(3, 20), (20, 11, 2)
+    mask = (torch.arange(20) < torch.tensor(lengths)[:, None]).long()
+    kwargs = {"disable_compile": True} | ({} if cache is None else {"cache_implementation": cache})
+    found = model.generate(prompt, attention_mask=mask, max_new_tokens=30, do_sample=False, **kwargs)[:, 20:]
+    for row, length in enumerate(lengths):
+        text = torch.cat([prompt[row, :length], found[row]])[None]
+        with torch.no_grad():
+            expected = model(text, use_cache=False).logits.argmax(-1)[0, length:-1]
+        assert torch.equal(found[row, 1:], expected)
+
+
 def test_decoding_goes_on_in_the_last_packed_document(model):
     """Position ids alone tell it: what lies before the row's current document is hidden."""
     first, second = tokens(1, 20), tokens(1, 33)
@@ -200,6 +216,16 @@ def test_a_compiled_static_decode_equals_the_plain_one(model):
     input_ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, :4] = 0
     kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(input_ids, disable_compile=True, **kwargs)
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(model.generate(input_ids, disable_compile=True, **kwargs), expected)
+
+
+def test_a_compiled_static_decode_of_a_right_padded_batch_equals_the_plain_one(model):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 5:] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    input_ids = tokens(2, 12)
     expected = model.generate(input_ids, disable_compile=True, **kwargs)
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(input_ids, disable_compile=True, **kwargs), expected)

@@ -88,7 +88,7 @@ REFUSED = {
     "a mask of another batch": (
         ValueError, r"`attention_mask`.*\(1, 40\)", lambda s: s.logits(s.ids, attention_mask=torch.ones(1, N))),
     "a mask of pairs": (
-        ValueError, "`attention_mask`.*no dense mask",
+        ValueError, "`attention_mask` of pairs.*additive",
         lambda s: s.logits(s.ids, attention_mask=torch.ones(B, 1, N, N))),
     "an additive mask": (
         ValueError, "`attention_mask`.*additive",

@@ -166,6 +166,13 @@ def test_xpos_logits_depend_on_distance_only():
     assert_close(logits[2], logits[0], **CLOSE)
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}])
+def test_xpos_and_rope_scale_their_frequencies_alike(rope):
+    xpos, plain = (base_model({"rope_parameters": rope | {"rope_theta": 10000.0}, "position_embedding_type": kind})
+                   for kind in ("xpos", "rope"))  # fmt: skip
+    assert torch.equal(xpos.xpos.rotary_emb.inv_freq, plain.rotary_emb.inv_freq)
+
+
 def test_xpos_decays_as_the_paper_says():
     """The logit of equal unit vectors in one pair of dims is zeta ** (distance / base) * cos(angle * distance)."""
     from modeling_longnet.position_embeddings import apply_xpos
@@ -303,6 +310,34 @@ def test_a_bidirectional_model_sees_what_follows():
     assert not torch.allclose(hidden(model, changed)[:, 0], hidden(model, input_ids)[:, 0])
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_texts_that_share_a_prefix_in_one_row_equal_each_alone(changes, implementation):
+    """A mask of pairs, with positions, tells which of the endings belongs to whom.
+
+        P P P P A A A B B      A sees P and A, B sees P and B; both stand at positions 4, 5, ...
+    """
+    model = base_model(changes, implementation)
+    prefix, endings = tokens(1, 20), (tokens(1, 15), tokens(1, 30))
+    owner = torch.tensor([0] * 20 + [1] * 15 + [2] * 30)
+    visible = ((owner[:, None] == owner) | (owner == 0)).tril()[None, None]
+    positions = torch.cat([torch.arange(20), 20 + torch.arange(15), 20 + torch.arange(30)])[None]
+    additive = torch.zeros(1, 1, 65, 65).masked_fill(~visible, torch.finfo(torch.float32).min)
+    for mask in (visible, additive):
+        found = hidden(model, torch.cat([prefix, *endings], 1), attention_mask=mask, position_ids=positions)
+        for i, ending in enumerate(endings):
+            assert_close(found[:, owner == i + 1], hidden(model, torch.cat([prefix, ending], 1))[:, 20:], **CLOSE)
+
+
+def test_a_mask_of_pairs_wants_the_whole_text_and_lengths_that_do_not_matter():
+    model, mask = base_model({}), torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    past = model(tokens(1, 8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="of pairs must come with the whole text.*8 of 16"):
+        model(tokens(1, 8), attention_mask=mask, past_key_values=past)
+    with pytest.raises(ValueError, match="padding='zeros'"):
+        base_model({"padding": "zeros"})(tokens(1, 8), attention_mask=mask)
+
+
 def test_inputs_embeds_equal_input_ids():
     model = base_model({"layernorm_embedding": True})
     input_ids = tokens(2, 30)
@@ -311,7 +346,9 @@ def test_inputs_embeds_equal_input_ids():
 
 BAD_INPUTS = {
     "both-inputs": ({"inputs_embeds": torch.zeros(2, 10, 32)}, "exactly one of input_ids or inputs_embeds"),
-    "dense-mask": ({"attention_mask": torch.ones(2, 1, 10, 10)}, "`attention_mask`.*shape.*2, 1, 10, 10"),
+    "no-additive-mask": ({"attention_mask": torch.ones(2, 1, 10, 10)}, "`attention_mask` of pairs.*additive"),
+    "mask-of-other-pairs": ({"attention_mask": torch.zeros(2, 1, 10, 9)}, "`attention_mask`.*shape.*2, 1, 10, 9"),
+    "mask-per-head": ({"attention_mask": torch.zeros(2, 4, 10, 10)}, "`attention_mask`.*shape.*2, 4, 10, 10"),
     "dense-bool-mask": ({"attention_mask": torch.ones(2, 1, 1, 10).bool()}, "`attention_mask`.*2, 1, 1, 10"),
     "short-mask": ({"attention_mask": torch.ones(2, 9)}, r"`attention_mask`.*\(2, 10\).*\(2, 9\)"),
     "long-mask": ({"attention_mask": torch.ones(2, 12)}, r"`attention_mask`.*\(2, 10\).*\(2, 12\)"),
