@@ -272,6 +272,7 @@ def score(case: Case, model, inputs: dict) -> torch.Tensor:
 ], indirect=["case"], ids=lambda value: f"{len(value)}-lengths" if isinstance(value, tuple) else value)  # fmt: skip
 def test_training_compiles_to_one_graph(case, lengths):
     """Forward and gradients, at a fixed length and at dynamic ones."""
+    torch._dynamo.reset()
     compiled = torch.compile(case.model, fullgraph=True, dynamic=len(lengths) > 1, backend="aot_eager")
     for length in lengths:
         inputs, gradients = case.inputs(length), []

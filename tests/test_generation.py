@@ -217,6 +217,7 @@ def test_a_compiled_static_decode_equals_the_plain_one(model):
     mask[1, :4] = 0
     kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(input_ids, disable_compile=True, **kwargs)
+    torch._dynamo.reset()
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(input_ids, disable_compile=True, **kwargs), expected)
 
@@ -227,6 +228,7 @@ def test_a_compiled_static_decode_of_a_right_padded_batch_equals_the_plain_one(m
     kwargs = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     input_ids = tokens(2, 12)
     expected = model.generate(input_ids, disable_compile=True, **kwargs)
+    torch._dynamo.reset()
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(input_ids, disable_compile=True, **kwargs), expected)
 
