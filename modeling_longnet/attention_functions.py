@@ -101,7 +101,11 @@ def fused_attention_forward(
             f"`output_attentions=True` gives none with attn_implementation='{backend}', which never forms the N x N "
             "weights: call model.set_attn_implementation('eager') first."
         )
-    if is_pair_mask(attention_mask):  # the kernels know documents only
+    if is_pair_mask(attention_mask):
+        logger.warning_once(
+            f"An `attention_mask` of pairs is computed by the definition, in N x N memory: the '{backend}' kernels "
+            "know documents only."
+        )
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)[0], None
     if dropout > 0:
         logger.warning_once(
