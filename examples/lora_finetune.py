@@ -24,7 +24,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -55,6 +63,7 @@ class Options:
     num_sink_tokens: int = 4
     local: str = field(default="sliding", metadata={"choices": ["segment", "sliding"]})
     layers: list[int] | None = field(default=None, metadata={"help": "layers to patch; default all"})
+    dense_layers: list[int] | None = field(default=None, metadata={"help": "or the layers to leave as they are"})
     backend: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2; default the best"})
     rope_scaling: str | None = field(
         default=None, metadata={"help": "JSON, for contexts beyond the model's window: "
@@ -102,6 +111,8 @@ def parse(arguments: list[str] | None) -> tuple[Options, TrainingArguments]:
     options, training = parser.parse_args_into_dataclasses(arguments)
     if (options.segment_lengths is None) != (options.dilation_rates is None):
         parser.error("--segment-lengths and --dilation-rates belong together: give both or neither")
+    if options.layers and options.dense_layers:
+        parser.error("--layers and --dense-layers say the same in two ways: give one of them")
     if options.eval_tokens < max(options.eval_lengths):
         parser.error(f"--eval-tokens {options.eval_tokens} is less than the longest of --eval-lengths")
     if training.world_size > 1 or training.n_gpu > 1:
@@ -125,13 +136,19 @@ def default_schedule(window: int) -> tuple[list[int], list[int]]:
     return segment_lengths, [4**i for i in range(len(segment_lengths))]
 
 
-def patch_settings(options: Options, window: int) -> dict:
+def patch_settings(options: Options, config: PreTrainedConfig) -> dict:
     """The arguments for `patch_model`."""
     lengths, rates = options.segment_lengths, options.dilation_rates
     if lengths is None:
-        lengths, rates = default_schedule(window)
+        lengths, rates = default_schedule(getattr(config, "max_position_embeddings", 8192))
     names = ("head_offsets", "overlap", "num_sink_tokens", "local", "layers", "backend")
     settings = {"segment_lengths": lengths, "dilation_rates": rates} | {name: getattr(options, name) for name in names}
+    if options.dense_layers:
+        layers = range(config.num_hidden_layers)
+        wrong = sorted(set(options.dense_layers) - set(layers))
+        if wrong:
+            raise ValueError(f"--dense-layers must be layers of 0..{len(layers) - 1}, got {wrong}.")
+        settings["layers"] = sorted(set(layers) - set(options.dense_layers))
     if options.rope_scaling:
         settings["rope_scaling"] = json.loads(options.rope_scaling)
     return settings
@@ -315,8 +332,7 @@ def main(arguments: list[str] | None = None) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     blocks, held_out = tokenize(tokenizer, options)
     model = load_base(options, training)
-    window = getattr(model.config, "max_position_embeddings", 8192)
-    settings = patch_settings(options, window)
+    settings = patch_settings(options, model.config)
     run_options = {k: v for k, v in vars(options).items() if k not in LATER_OPTIONS}
     schedule = " ".join(f"{w}/{r}" for w, r in zip(settings["segment_lengths"], settings["dilation_rates"]))
     results = Results(output, {

@@ -85,6 +85,12 @@ def test_short_contexts_are_unchanged_by_blocks(base, tmp_path):
     assert patched["128"] != pytest.approx(dense["128"], rel=1e-5)
 
 
+def test_layers_left_dense_are_those_that_are_not_patched(base, tmp_path):
+    data = lora_finetune.main(arguments(base, tmp_path / "run", "--dense-layers", "1"))
+    assert data["settings"]["layers"] == [0]
+    assert load_patched_model(tmp_path / "run" / "adapter").config.dilated_attention["layers"] == [0]
+
+
 def test_resume_continues_to_the_result_of_an_uninterrupted_run(base, plain_run, tmp_path, monkeypatch):
     class Interrupted(lora_finetune.Trainer):
         def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -141,6 +147,8 @@ def test_norms_and_embeddings_train_and_reload(base, plain_run, tmp_path):
     [
         (("--eval-tokens", "100"), "longest of --eval-lengths"),
         (("--block-size", "100000"), "must hold more than"),
+        (("--layers", "0", "--dense-layers", "1"), "give one of them"),
+        (("--dense-layers", "1", "2"), "layers of 0..1, got [2]"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(base, tmp_path, capsys, more, message):
