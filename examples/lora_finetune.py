@@ -335,6 +335,8 @@ def main(arguments: list[str] | None = None) -> dict:
     settings = patch_settings(options, model.config)
     run_options = {k: v for k, v in vars(options).items() if k not in LATER_OPTIONS}
     schedule = " ".join(f"{w}/{r}" for w, r in zip(settings["segment_lengths"], settings["dilation_rates"]))
+    if options.dense_layers:
+        schedule += f", {len(set(options.dense_layers))} of {model.config.num_hidden_layers} layers dense"
     results = Results(output, {
         "title": f"{Path(options.model).name} on {options.dataset or Path(options.text).name}, {schedule}",
         "model": options.model, "settings": settings, "options": run_options | {"max_steps": training.max_steps},

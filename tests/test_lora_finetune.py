@@ -87,7 +87,7 @@ def test_short_contexts_are_unchanged_by_blocks(base, tmp_path):
 
 def test_layers_left_dense_are_those_that_are_not_patched(base, tmp_path):
     data = lora_finetune.main(arguments(base, tmp_path / "run", "--dense-layers", "1"))
-    assert data["settings"]["layers"] == [0]
+    assert data["settings"]["layers"] == [0] and data["title"].endswith("1 of 2 layers dense")
     assert load_patched_model(tmp_path / "run" / "adapter").config.dilated_attention["layers"] == [0]
 
 
