@@ -153,6 +153,17 @@ def _side_by_side_order(
     return real.to(torch.uint8).argsort(dim=1, stable=True), split[:, : int(query_offset)].any(1, keepdim=True)
 
 
+def _read_ids(attention_mask: torch.Tensor, slots: torch.Tensor) -> Documents:
+    """The documents out of what `find_documents` made of a mask before, integers [B, 1, 1 or 2, N]; slots [Q]."""
+    ids = attention_mask[:, 0, 0]
+    positions = _positions(ids)[:, slots]
+    if attention_mask.shape[2] == 1:
+        return Documents(ids, None, positions)
+    order = attention_mask[:, 0, 1]
+    is_split = (order != torch.arange(order.shape[1], device=order.device)).any(1, keepdim=True)
+    return Documents(ids, order, positions, is_split)
+
+
 def find_documents(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -187,12 +198,7 @@ def find_documents(
     if attention_mask is not None:
         _check_attention_mask(attention_mask, batch_size, length, key_length)
         if attention_mask.dim() == 4:
-            ids = attention_mask[:, 0, 0]
-            if attention_mask.shape[2] == 1:
-                return Documents(ids, None, _positions(ids)[:, slots])
-            order = attention_mask[:, 0, 1]
-            is_split = (order != torch.arange(key_length, device=device)).any(1, keepdim=True)
-            return Documents(ids, order, _positions(ids)[:, slots], is_split)
+            return _read_ids(attention_mask, slots)
     elif position_ids is None:
         return Documents(None, None, slots[None])
 
