@@ -290,7 +290,7 @@ def plot(results: dict, path: Path) -> None:
     ticks = [int(length) for length in results["perplexity"][DENSE]]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set(xlabel="context length (tokens)", ylabel="perplexity", title=results["title"].replace(", ", "\n"))
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     save_figure(figure, path, results["run"])
 
 
