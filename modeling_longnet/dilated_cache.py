@@ -165,12 +165,14 @@ class DilatedCache(DynamicCache):
         return out.transpose(1, 2).contiguous(), None
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, CacheLayerMixin):  # it holds no keys; Transformers 5.17 asks the first layer for all
+            layer = self.dilated_layers[0]
         # Patched and plain layers share a mask: it has to cover what the plain ones keep.
-        if isinstance(self.layers[layer_idx], DilatedLayer):
-            for layer in self._plain_layers:
-                if isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False):
-                    return layer.get_mask_sizes(query_length)
-        return self.layers[layer_idx].get_mask_sizes(query_length)
+        if isinstance(layer, DilatedLayer):
+            plain = (other for other in self._plain_layers if isinstance(other, CacheLayerMixin))
+            layer = next((other for other in plain if not getattr(other, "is_sliding", False)), layer)
+        return layer.get_mask_sizes(query_length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens, exactly, and keeps what `activate_past_recording` had wait.
