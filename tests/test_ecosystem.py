@@ -3,6 +3,7 @@
 What is tested elsewhere is not repeated here; docs/compatibility.md says where each feature is.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -151,6 +152,22 @@ def test_cache_implementations_give_the_same_tokens(case, cache):
 def test_unknown_cache_implementations_are_refused(case, cache):
     with pytest.raises(ValueError, match="Invalid `cache_implementation`"):
         generate(case, case.inputs()["input_ids"], cache_implementation=cache)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they work")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@every_decoder
+def test_offloaded_caches_want_cuda(case, cache):
+    """An error of PyTorch's own, and never another cache without a word."""
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+        generate(case, case.inputs()["input_ids"], cache_implementation=cache)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="optimum-quanto may be installed")
+@every_decoder
+def test_quantized_caches_want_their_library(case):
+    with pytest.raises(ImportError, match="optimum-quanto"):
+        generate(case, case.inputs()["input_ids"], cache_implementation="quantized")
 
 
 @pytest.mark.parametrize("cache", ["paged"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderModel, make_model_card
 
@@ -135,6 +135,35 @@ def test_every_parameter_gets_a_gradient_also_with_checkpointing():
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients[0].values())
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+class FirstFeatureTrainer(Trainer):
+    """Teaches a slide's first feature to be its label: the encoder has no task head of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.mse_loss(outputs.pooler_output[:, 0], labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_fits_slides_and_saves_what_it_fitted(tmp_path):
+    torch.manual_seed(0)
+    embeddings, coords = slides(4, 30)
+    data = [{"tile_embeds": e, "coords": c, "labels": torch.tensor(float(i % 2))} for i, (e, c) in
+            enumerate(zip(embeddings, coords))]  # fmt: skip
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, use_cpu=True,
+        remove_unused_columns=False, report_to="none", save_steps=12, disable_tqdm=True,
+    )  # fmt: skip
+    model = small_model()
+    trainer = FirstFeatureTrainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+    saved = LongNetSlideEncoderModel.from_pretrained(tmp_path / "checkpoint-12")
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_save_load_is_the_identity(tmp_path):
