@@ -148,7 +148,7 @@ def training_arguments(cls, folder: Path, size: int, **settings):
     defaults = dict(
         output_dir=str(folder / "trainer"), per_device_train_batch_size=4 // width, per_device_eval_batch_size=2,
         max_steps=STEPS, learning_rate=0.3, optim="sgd", max_grad_norm=0, lr_scheduler_type="linear", report_to=[],
-        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, seed=0, dataloader_num_workers=1,
+        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, seed=0,
     )  # fmt: skip
     return cls(**defaults | settings)
 
