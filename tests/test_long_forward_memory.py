@@ -1,4 +1,4 @@
-"""The memory benchmark, on one layer: reading twice as much takes twice the memory, not four times."""
+"""The memory benchmark, on one layer: reading four times as much takes four times the memory, not sixteen times."""
 
 import json
 
@@ -12,9 +12,11 @@ def test_memory_grows_linearly(tmp_path):
     output = tmp_path / "memory.json"
     schedule = ["--segment-lengths", "256", "1024", "--dilation-rates", "1", "4"]
     long_forward_memory.main(
-        ["--model", "random", "--num-layers", "1", "--lengths", "4096", "8192", "--output", str(output), *schedule]
+        ["--model", "random", "--num-layers", "1", "--lengths", "4096", "16384", "--output", str(output), *schedule]
     )
     short, long = json.loads(output.read_text())["rows"]
-    # Scores of 8192 x 8192 alone, for nine heads, would be 2.3 GiB.
-    assert 1.5 * short["working_mib"] < long["working_mib"] < 2.5 * short["working_mib"]
+    # What a process holds depends on what its allocator keeps, so the bound lies halfway (as a factor) between linear
+    # and quadratic. The scores of 16384 x 16384 of one head alone would be 1 GiB; there are nine.
+    assert 2 * short["working_mib"] < long["working_mib"] < 8 * short["working_mib"]
+    assert long["working_mib"] < 1024
     assert output.with_suffix(".png").stat().st_size > 0
