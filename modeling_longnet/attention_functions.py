@@ -26,6 +26,7 @@ from transformers.utils import TransformersKwargs, logging
 
 from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
+from .document_ids import holds_pairs
 
 
 logger = logging.get_logger(__name__)
@@ -57,11 +58,6 @@ def operator_arguments(
     }
 
 
-def is_pair_mask(attention_mask: torch.Tensor | None) -> bool:
-    """Whether it says who may look at whom, as bool [B, 1, Q, N], in place of document ids."""
-    return attention_mask is not None and attention_mask.dim() == 4
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -74,7 +70,7 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: query [B, H, Q, D], key and value [B, G, N, D] to output [B, Q, H, D], weights [B, H, Q, N]."""
     arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
-    if is_pair_mask(attention_mask):
+    if holds_pairs(attention_mask):
         if module.config.padding == "zeros":
             raise ValueError("`attention_mask` of pairs tells no document's length, which `padding='zeros'` needs.")
         pairs = {"pair_mask": attention_mask[:, 0], "position": kwargs["position_ids"].expand(len(query), -1)}
@@ -101,7 +97,7 @@ def fused_attention_forward(
             f"`output_attentions=True` gives none with attn_implementation='{backend}', which never forms the N x N "
             "weights: call model.set_attn_implementation('eager') first."
         )
-    if is_pair_mask(attention_mask):
+    if holds_pairs(attention_mask):
         logger.warning_once(
             f"An `attention_mask` of pairs is computed by the definition, in N x N memory: the '{backend}' kernels "
             "know documents only."

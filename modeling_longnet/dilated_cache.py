@@ -9,30 +9,12 @@ from collections.abc import Callable
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .dilated_cache_layer import Clock, DilatedLayer
+from .dilated_cache_layer import Clock, DilatedLayer, dilated_layer_indices
 from .dilation_schedule import DilationSchedule
 from .document_ids import Documents, find_documents, restore_order
 
 
 _ROOM_STEP = 64  # tokens
-
-
-def schedule_of(config) -> DilationSchedule:
-    """The schedule in the configuration of a LongNet or of a patched model.
-
-    Raises:
-        ValueError: a configuration without one.
-    """
-    settings = getattr(config, "dilated_attention", None)
-    if settings is not None:
-        names = ("head_offsets", "overlap", "num_sink_tokens", "local")
-        options = {name: settings[name] for name in names}
-        return DilationSchedule(tuple(settings["segment_lengths"]), tuple(settings["dilation_rates"]), **options)
-    if not hasattr(config, "segment_lengths"):
-        raise ValueError(
-            f"`config` must be that of a LongNet or of a patched model, got {type(config).__name__} without a schedule."
-        )
-    return DilationSchedule.from_config(config)
 
 
 def _padding_first(documents: Documents) -> Documents:
@@ -73,20 +55,19 @@ class DilatedCache(DynamicCache):
     def __init__(self, config, max_length: int | None = None):
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
-        self.schedule = schedule_of(config)
+        self.schedule = DilationSchedule.from_config(config)
         if not self.schedule.is_causal:
             raise ValueError("`config` must be that of a causal model, got is_causal=False.")
         self.clock = Clock()
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
-        settings = getattr(config, "dilated_attention", None)
-        patched = range(config.num_hidden_layers) if settings is None else settings["layers"]
-        layers = list(DynamicCache(config=config).layers) if len(patched) < config.num_hidden_layers else []
+        dilated = dilated_layer_indices(config)
+        layers = list(DynamicCache(config=config).layers) if len(dilated) < config.num_hidden_layers else []
         layers += [None] * (config.num_hidden_layers - len(layers))
-        for index in patched:
+        for index in dilated:
             layers[index] = DilatedLayer(self.schedule, self.clock, max_length, heads_per_key, index)
         Cache.__init__(self, layers=layers)
-        self.dilated_layers = self.clock.layers = [layers[index] for index in patched]
+        self.dilated_layers = self.clock.layers = [layers[index] for index in dilated]
         self.dilated_layers[0].is_first = self.dilated_layers[-1].is_last = True
 
     @property
@@ -125,15 +106,6 @@ class DilatedCache(DynamicCache):
         is_split = torch.ones(1, 1, dtype=torch.bool, device=device) if self.clock.had_padding_behind else None
         return documents._replace(positions=positions, is_split=is_split)
 
-    def check_model(self, config) -> None:
-        """Refuses a model of another schedule or depth than the one that this cache was made for."""
-        schedule = schedule_of(config)
-        if schedule != self.schedule or config.num_hidden_layers != len(self.layers):
-            raise ValueError(
-                f"`past_key_values` was made for another model, of {len(self.layers)} layers and {self.schedule}; this "
-                f"one has {config.num_hidden_layers} and {schedule}."
-            )
-
     def attention_forward(
         self,
         module: torch.nn.Module,
@@ -154,7 +126,7 @@ class DilatedCache(DynamicCache):
         if dropout > 0:
             raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
         if module.layer_idx == 0 and not torch.compiler.is_compiling():
-            self.check_model(module.config)
+            self.clock.check_model(module.config)
         total = module.config.num_attention_heads
         if total_num_heads is None and query.shape[1] != total:
             raise ValueError(f"a bounded cache must know which of {total} heads these are, got {query.shape[1]}.")

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .dilated_cache import DilatedCache, schedule_of
+from .dilated_cache import DilatedCache
+from .dilation_schedule import DilationSchedule
 
 
 FORMAT = "longnet-dilated-cache-1"
@@ -29,7 +30,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _schedule_text(config) -> str:
-    return json.dumps(asdict(schedule_of(config)))
+    return json.dumps(asdict(DilationSchedule.from_config(config)))
 
 
 def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **extra: torch.Tensor) -> None:

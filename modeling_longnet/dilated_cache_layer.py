@@ -34,6 +34,12 @@ class Step:
     sources: list[tuple] = field(default_factory=list)
 
 
+def dilated_layer_indices(config) -> list[int]:
+    """The layers whose attention is dilated: all of a LongNet, the patched ones of a patched model."""
+    settings = getattr(config, "dilated_attention", None)
+    return list(range(config.num_hidden_layers)) if settings is None else settings["layers"]
+
+
 class Clock:
     """Where each row of the batch stands; the layers share one.
 
@@ -85,6 +91,16 @@ class Clock:
             self.positions.add_(self.waiting + step.query_length - step.pads)
             self.pads.zero_()
             self.waiting = 0
+
+    def check_model(self, config) -> None:
+        """Refuses a model of another schedule, or with other dilated layers, than this cache was made for."""
+        made_for = self.layers[0].schedule, [layer.layer_idx for layer in self.layers]
+        given = DilationSchedule.from_config(config), dilated_layer_indices(config)
+        if made_for != given:
+            raise ValueError(
+                f"`past_key_values` was made for another model, of {made_for[0]} in the layers {made_for[1]}; this one "
+                f"has {given[0]} in the layers {given[1]}."
+            )
 
     def check_batch(self, batch: int) -> None:
         if self.positions is not None and len(self.positions) != batch:

@@ -109,8 +109,20 @@ class DilationSchedule:
 
     @classmethod
     def from_config(cls, config) -> "DilationSchedule":
-        """The schedule in the fields of a model's configuration; what it has no field for is as above."""
-        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)})
+        """The schedule in the configuration of a LongNet or of a patched model; what it does not tell is as above.
+
+        Raises:
+            ValueError: a configuration without a schedule.
+        """
+        settings = getattr(config, "dilated_attention", None)
+        if settings is None:
+            settings = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+        if "segment_lengths" not in settings:
+            raise ValueError(
+                "`config` must be that of a LongNet or of a patched model, got "
+                f"{type(config).__name__} without a schedule."
+            )
+        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     @property
     def patterns(self) -> tuple[tuple[int, int], ...]:

@@ -51,10 +51,17 @@ def query_extent(
     return offset, key_length
 
 
+def holds_pairs(attention_mask: torch.Tensor | None) -> bool:
+    """Whether it says who may look at whom, bool or floats [B, 1, Q, N]; document ids are integers."""
+    if attention_mask is None or attention_mask.dim() != 4:
+        return False
+    return attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+
+
 def _check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length: int, key_length: int) -> None:
-    if attention_mask.dim() == 4 and not attention_mask.is_floating_point() and attention_mask.dtype != torch.bool:
-        if attention_mask.shape in ((batch_size, 1, 1, key_length), (batch_size, 1, 2, key_length)):
-            return
+    encoded = ((batch_size, 1, 1, key_length), (batch_size, 1, 2, key_length))
+    if attention_mask.shape in encoded and not holds_pairs(attention_mask):
+        return
     if attention_mask.dim() != 2:
         raise ValueError(
             "`attention_mask` must have shape [batch, tokens] and tell padding (0) from tokens (1), got shape "

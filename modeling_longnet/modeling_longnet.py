@@ -42,13 +42,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, prepare_dilated_cache
-from .document_ids import Documents, find_documents, find_pairs, query_extent, reorder, restore_order
+from .document_ids import Documents, find_documents, find_pairs, holds_pairs, query_extent, reorder, restore_order
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
 
 
 logger = logging.get_logger(__name__)
-
-PAIR_MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_documents(
@@ -65,7 +63,7 @@ def read_documents(
         return 0, past_key_values.read_documents(attention_mask, position_ids, batch_size, query_length, device)
     query_offset, key_length = query_extent(past_key_values, query_length, device, is_causal)
     extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
-    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype in PAIR_MASK_DTYPES:
+    if holds_pairs(attention_mask):
         return query_offset, find_pairs(attention_mask, position_ids, **extent)
     return query_offset, find_documents(attention_mask, position_ids, query_offset=query_offset, **extent)
 

@@ -27,7 +27,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .dilated_attention import dilated_attention
-from .dilated_cache import schedule_of
 from .dilated_cache_layer import DilatedLayer
 
 
@@ -347,11 +346,7 @@ def run_bounded(
         if mask is not None:
             ids = mask[:, 0, 0, -query.shape[2] :].long()
         if not torch.compiler.is_compiling():
-            if layer.schedule != schedule_of(module.config):
-                raise ValueError(
-                    f"`past_key_values` was made for another model, of {layer.schedule}; this one is patched with "
-                    f"{schedule_of(module.config)}."
-                )
+            layer.clock.check_model(module.config)
             ids = ids if ids is not None and bool((ids < 0).any()) else None
             layer.clock.check_positions(kwargs.get("position_ids"), ids)
             _refuse_packing(kwargs.get("position_ids"), ids)

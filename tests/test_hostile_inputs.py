@@ -108,7 +108,7 @@ REFUSED = {
         ValueError, "`past_key_values` was made for another model", lambda s: s.logits(
             s.ids[:, :3], past_key_values=s.filled_cache(s.other(segment_lengths=[4, 16], dilation_rates=[1, 2])))),
     "a cache of a deeper model": (
-        ValueError, "of 3 layers",
+        ValueError, r"layers \[0, 1, 2\]",
         lambda s: s.logits(s.ids, past_key_values=DilatedCache(s.other(num_hidden_layers=3).config))),
     "a cache of another batch": (
         ValueError, "holds 2 rows", lambda s: s.logits(s.ids[:1, :3], past_key_values=s.filled_cache())),
