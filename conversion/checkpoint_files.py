@@ -215,10 +215,8 @@ def model_card(
         licence: an identifier of the Hub's; "other" with a note when it is not given.
         notes: Markdown for the section on the licence.
     """
-    digest = hashlib.sha256()
     with open(source, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     data = ModelCardData(
         license=licence or "other",
         library_name="transformers",
