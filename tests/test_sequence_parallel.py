@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from sequence_parallel_worker import longnet, patched_llama
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
 from modeling_longnet import LongNetForMaskedLM, LongNetForSequenceClassification
 from modeling_longnet.patching import patch_model
 from modeling_longnet.sequence_parallel import SequenceParallel
+from modeling_longnet.sequence_shards import SHARD, ShardingCollator
 
 
 HERE = Path(__file__).parent
@@ -215,3 +217,15 @@ def test_the_collator_keeps_what_does_not_run_along_the_text_and_refuses_masks_o
         collator({"pixel_values": ids})
     with pytest.raises(ValueError, match="already"):
         SequenceParallel(None, 1).collator(collator)
+
+
+def test_a_worker_of_a_loader_cuts_the_slices_that_the_rank_itself_would():
+    examples = [{"input_ids": torch.arange(9) + i, "labels": torch.arange(9) + i} for i in range(4)]
+    collator = ShardingCollator(default_data_collator, rank=1, size=2)
+    # Spawned, so that all of it is pickled there and back.
+    loader = DataLoader(examples, 2, collate_fn=collator, num_workers=1, multiprocessing_context="spawn")
+    for start, batch in zip((0, 2), loader, strict=True):
+        wanted = collator(examples[start : start + 2])
+        shard, wanted_shard = batch.pop(SHARD), wanted.pop(SHARD)
+        torch.testing.assert_close(batch, wanted)
+        assert vars(shard) == vars(wanted_shard) and shard.rank == 1
