@@ -14,7 +14,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,7 +39,7 @@ SETTINGS = (
 )  # fmt: skip
 INSTANCE_ATTRIBUTES = (
     "_undo_dilated_attention", "_supports_flash_attn", "save_pretrained", "_prepare_cache_for_generation",
-    "dilated_attention_report",
+    "_upload_modified_files", "set_attn_implementation", "dilated_attention_report",
 )  # fmt: skip
 DEQUANTIZE_ADVICE = (
     "Transformers cannot write this quantized model. Save a plain copy of it first (for GGUF: "
@@ -52,7 +51,8 @@ OTHER_LAYER_TYPES = ("sliding_attention", "chunked_attention", "linear_attention
 
 
 def _unwrap(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside a PEFT model, or the model itself."""
+    """The Transformers model inside a compiled or PEFT model, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"`model` must be a Transformers model or a PEFT model around one, got {type(base).__name__}.")
@@ -229,11 +229,13 @@ def patch_model(
     base._undo_dilated_attention = undo
     # Continuous batching would otherwise switch to dense flash attention with no more than a warning.
     base._supports_flash_attn = False
-    base.save_pretrained = types.MethodType(_save_pretrained, base)
-    base._upload_modified_files = types.MethodType(upload_with_card, base)
+    # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
+    base.save_pretrained = functools.partial(_save_pretrained, base)
+    base.set_attn_implementation = functools.partial(_set_attn_implementation, base)
+    base._upload_modified_files = functools.partial(upload_with_card, base)
     base.add_model_tags(list(TAGS))
     if isinstance(base, GenerationMixin):
-        base._prepare_cache_for_generation = types.MethodType(_prepare_cache_for_generation, base)
+        base._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, base)
     _record_in_adapters()
     base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
     logger.info(str(base.dilated_attention_report))
@@ -259,7 +261,6 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         step()
     for name in INSTANCE_ATTRIBUTES:
         base.__dict__.pop(name, None)
-    base.__dict__.pop("_upload_modified_files", None)
     base.model_tags = [tag for tag in base.model_tags or () if tag not in TAGS] or None
     del base.config.dilated_attention
     base.set_attn_implementation(original)
@@ -287,6 +288,17 @@ def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
     if adapter:
         _write_settings(save_directory, self.config.dilated_attention)
     return result
+
+
+def _set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args, **kwargs) -> None:
+    """`set_attn_implementation` of a patched model, which would silently end the patch and leave its settings."""
+    if attn_implementation not in list(ORIGINALS):  # it may be a dictionary
+        raise ValueError(
+            f"`attn_implementation` of a patched model is the patch's, got {attn_implementation!r}: call "
+            "`unpatch_model(model)` first, and `patch_model` again if its other layers are to run that; the kernels of "
+            "the patched layers are chosen by `patch_model(..., backend=...)`."
+        )
+    type(self).set_attn_implementation(self, attn_implementation, *args, **kwargs)
 
 
 def _prepare_cache_for_generation(

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -105,6 +106,39 @@ def test_a_copy_is_patched_independently(patched, input_ids):
     unpatch_model(other)
     assert is_patched(patched) and not is_patched(other)
     assert not torch.equal(logits(other, input_ids), logits(patched, input_ids))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_duplicate_saves_and_generates_with_its_own_weights(duplicate, patched, input_ids, tmp_path):
+    other = duplicate(patched)
+    torch.nn.init.normal_(other.lm_head.weight)
+    assert is_patched(other)
+    assert not torch.equal(logits(other, input_ids), logits(patched, input_ids))
+    other.save_pretrained(tmp_path)
+    loaded = load_patched_model(tmp_path)
+    assert torch.equal(logits(loaded, input_ids), logits(other, input_ids))
+    options = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(other.generate(input_ids, **options), loaded.generate(input_ids, **options))
+    unpatch_model(other)
+    assert is_patched(patched) and not is_patched(other)
+
+
+def test_a_compiled_model_is_patched_as_its_original(model, input_ids):
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled, input_ids)
+    assert patch_model(compiled, *SCHEDULE) is compiled and is_patched(compiled) and is_patched(model)
+    torch.testing.assert_close(logits(compiled, input_ids), logits(model, input_ids), **TOLERANCE)
+    assert not is_patched(unpatch_model(compiled))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", {"": "eager"}])
+def test_another_attention_cannot_be_set_over_a_patch(attention, patched, input_ids):
+    expected = logits(patched, input_ids)
+    with pytest.raises(ValueError, match="unpatch_model"):
+        patched.set_attn_implementation(attention)
+    assert is_patched(patched) and torch.equal(logits(patched, input_ids), expected)
+    unpatch_model(patched).set_attn_implementation("eager")
+    assert patched.config._attn_implementation == "eager"
 
 
 def test_report_names_what_was_done(model):
