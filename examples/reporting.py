@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from matplotlib.figure import Figure  # at the top, so that a missing library shows before the work, not after it
 
 
 def _cpu_name() -> str:
@@ -71,8 +72,6 @@ def write_json(path: str | Path, result: dict[str, Any]) -> None:
 
 def new_figure(num_axes: int = 1):
     """A figure with axes side by side, drawn without a display; save it with `save_figure`."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(5.5 * num_axes, 4), layout="constrained")
     return figure, figure.subplots(1, num_axes, squeeze=False)[0]
 
