@@ -312,6 +312,30 @@ class Results:
             write_json(self.path, self.data)
 
 
+def save_and_check(
+    model: torch.nn.Module, tokenizer, held_out: torch.Tensor, options: Options, training: TrainingArguments, data: dict
+) -> None:
+    """Saves the adapter (and the merged model), loads it anew and continues the text; `data` takes what was found."""
+    output = Path(training.output_dir)
+    adapter, probe = output / "adapter", held_out[: min(options.eval_lengths)]
+    data["loss"] = window_loss(model, probe)
+    model.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    prompt, text = continuation(model, tokenizer, held_out, options)
+    reloaded = load_patched_model(adapter, dtype=model.dtype).to(training.device).eval()
+    data["reloaded_loss"] = check_reload("adapter", reloaded, probe, data["loss"], 1e-5)
+    if options.merge:
+        del reloaded
+        merged = model.merge_and_unload()
+        merged.save_pretrained(output / "merged")
+        tokenizer.save_pretrained(output / "merged")
+        reloaded = load_patched_model(output / "merged", dtype=merged.dtype).to(training.device).eval()
+        # Merging rounds the sum of weight and adapter to the weights' precision.
+        tolerance = 1e-3 if merged.dtype == torch.float32 else 5e-2
+        data["merged_loss"] = check_reload("merged model", reloaded, probe, data["loss"], tolerance)
+    data["continuation"] = {"prompt": prompt, "text": text}
+
+
 def push(folder: Path, training: TrainingArguments) -> None:
     from huggingface_hub import HfApi
 
@@ -357,23 +381,7 @@ def main(arguments: list[str] | None = None) -> dict:
     model, data["training"][TUNED] = train(model, blocks, options, training)
     results.measure(TUNED, model, held_out, lengths)
 
-    adapter, probe = output / "adapter", held_out[: min(lengths)]
-    data["loss"] = window_loss(model, probe)
-    model.save_pretrained(adapter)
-    tokenizer.save_pretrained(adapter)
-    prompt, text = continuation(model, tokenizer, held_out, options)
-    reloaded = load_patched_model(adapter, dtype=model.dtype).to(training.device).eval()
-    data["reloaded_loss"] = check_reload("adapter", reloaded, probe, data["loss"], 1e-5)
-    if options.merge:
-        del reloaded
-        merged = model.merge_and_unload()
-        merged.save_pretrained(output / "merged")
-        tokenizer.save_pretrained(output / "merged")
-        reloaded = load_patched_model(output / "merged", dtype=merged.dtype).to(training.device).eval()
-        # Merging rounds the sum of weight and adapter to the weights' precision.
-        tolerance = 1e-3 if merged.dtype == torch.float32 else 5e-2
-        data["merged_loss"] = check_reload("merged model", reloaded, probe, data["loss"], tolerance)
-    data["continuation"] = {"prompt": prompt, "text": text}
+    save_and_check(model, tokenizer, held_out, options, training, data)
     data["seconds"] = time.time() - begin
     write_json(results.path, data)
     plot(data, output / PLOT_FILE)
