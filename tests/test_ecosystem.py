@@ -159,7 +159,7 @@ def test_unknown_cache_implementations_are_refused(case, cache):
 @every_decoder
 def test_offloaded_caches_want_cuda(case, cache):
     """An error of PyTorch's own, and never another cache without a word."""
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA|new Stream"):
         generate(case, case.inputs()["input_ids"], cache_implementation=cache)
 
 
