@@ -266,6 +266,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
 class LongNetModel(LongNetPreTrainedModel):
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
+        config.validate_architecture()  # `from_pretrained` sets the fields that it is given after they were checked
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         # CODEPATH: torchscale's no_scale_embedding, which its learned-position and slide encoders set.

@@ -165,6 +165,7 @@ class LongNetSlideEncoderPreTrainedModel(LongNetPreTrainedModel):
 class LongNetSlideEncoderModel(LongNetSlideEncoderPreTrainedModel):
     def __init__(self, config: LongNetSlideEncoderConfig):
         super().__init__(config)
+        config.validate_architecture()  # `from_pretrained` sets the fields that it is given after they were checked
         self.embeddings = LongNetSlideEmbeddings(config)
         self.layers = nn.ModuleList(
             [LongNetDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]

@@ -45,6 +45,9 @@ IMPLEMENTATIONS = {
 }
 ORIGINALS = {name: original for original, name in IMPLEMENTATIONS.items()}
 
+# An attribute of attention modules whose rotary embeddings a patch has scaled: settings alone do not scale them.
+SCALED_MARK = "_reads_scaled_positions"
+
 # Arguments that some model passes to its attention and that change the result.
 UNSUPPORTED_ARGUMENTS = {
     "softcap": "it caps its attention scores (softcap)",
@@ -307,7 +310,13 @@ def _patched_settings(module: torch.nn.Module) -> dict:
     if settings is None:
         raise ValueError(
             "this model runs the attention implementation 'dilated' without settings: use "
-            "`patch_model(model, segment_lengths, dilation_rates)` or `load_patched_model(path)`."
+            "`patch_model(model, segment_lengths, dilation_rates)` or `load_patched_model(path)`. TRL loads a reference "
+            "model like that by itself: pass `ref_model=copy.deepcopy(model)`."
+        )
+    if settings["rope_scaling"] and not hasattr(module, SCALED_MARK):
+        raise ValueError(
+            "this model's settings have `rope_scaling`, but its rotary embeddings are not scaled, as `patch_model` did "
+            "not make it: use `load_patched_model(path)`, or give TRL its `ref_model=copy.deepcopy(model)`."
         )
     return settings
 

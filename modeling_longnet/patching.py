@@ -26,7 +26,7 @@ from .dilated_cache import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule
 from .model_card import TAGS, upload_with_card
 from .patch_report import PatchReport, make_report
-from .patched_attention import IMPLEMENTATIONS, ORIGINALS, AttentionCall, probing
+from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK, AttentionCall, probing
 from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
 
 
@@ -161,6 +161,13 @@ def _choose_layers(
     return chosen
 
 
+def _mark_scaled(modules: list[nn.Module]) -> list[Callable[[], None]]:
+    """Tell attention modules that their rotary embeddings are scaled. Returns the steps that undo this."""
+    for module in modules:
+        setattr(module, SCALED_MARK, True)
+    return [functools.partial(delattr, module, SCALED_MARK) for module in modules]
+
+
 def patch_model(
     model: nn.Module,
     segment_lengths: Sequence[int],
@@ -210,6 +217,7 @@ def patch_model(
         chosen = _choose_layers(base, reasons, layers)
         undo += guard_learned_positions(base, schedule)
         undo += scale_rotary_embeddings(base, schedule, rope_scaling)
+        undo += _mark_scaled([call.module for call in calls] if rope_scaling else [])
     except BaseException:
         for step in undo:
             step()
@@ -329,10 +337,11 @@ def _record_in_adapters() -> None:
     def save_pretrained(self, save_directory, *args, **kwargs):
         result = original(self, save_directory, *args, **kwargs)
         settings = getattr(getattr(self.get_base_model(), "config", None), "dilated_attention", None)
-        if settings is not None:
-            for folder in (Path(save_directory), *(Path(save_directory) / name for name in self.peft_config)):
-                if (folder / "adapter_config.json").is_file():
-                    _write_settings(folder, settings)
+        for folder in (Path(save_directory), *(Path(save_directory) / name for name in self.peft_config)):
+            if settings is None:
+                (folder / SETTINGS_NAME).unlink(missing_ok=True)  # of a patched adapter that was saved there before
+            elif (folder / "adapter_config.json").is_file():
+                _write_settings(folder, settings)
         return result
 
     save_pretrained.records_dilated_attention = True

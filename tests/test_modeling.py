@@ -429,6 +429,14 @@ def test_save_load_identity(auto_class, changes, tmp_path):
         assert torch.equal(loaded(input_ids)[0], model(input_ids)[0])
 
 
+def test_fields_given_to_from_pretrained_are_checked_as_a_configuration_is(tmp_path):
+    LongNetForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    loaded = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[16, 64], dilation_rates=[1, 4])
+    assert loaded.config.dilation_schedule.patterns == ((16, 1), (64, 4))
+    with pytest.raises(ValueError, match="the same number of entries, got 1 and 3"):
+        LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[16])
+
+
 @pytest.mark.parametrize("auto_class", HEADS, ids=lambda auto_class: auto_class.__name__)
 def test_a_saved_causal_lm_opens_with_every_head(auto_class, tmp_path):
     LongNetForCausalLM(tiny_config()).save_pretrained(tmp_path)

@@ -366,6 +366,18 @@ def test_rope_scaling_is_kept_by_the_patch_and_not_by_the_vanilla_model(model, i
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), input_ids), expected)
 
 
+def test_settings_alone_do_not_pass_for_scaled_embeddings(model, input_ids, tmp_path):
+    """As TRL loads a reference model: by the folder and the name of the attention, without `patch_model`."""
+    patch_model(model, *SCHEDULE, rope_scaling={"rope_type": "linear", "factor": 2.0}).save_pretrained(tmp_path)
+    reference = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    with pytest.raises(ValueError, match="not scaled"):
+        logits(reference, input_ids)
+    assert torch.equal(logits(copy.deepcopy(model), input_ids), logits(model, input_ids))
+    patch_model(unpatch_model(model), *SCHEDULE).save_pretrained(tmp_path)
+    reference = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    assert torch.equal(logits(reference, input_ids), logits(model, input_ids))
+
+
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_rope_scaling_equals_a_model_configured_with_it(kind, input_ids):
     scaling = {"rope_type": kind, "factor": 4.0}
