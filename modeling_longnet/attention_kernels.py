@@ -14,6 +14,8 @@ import torch
 
 
 aten = torch.ops.aten
+# Looked for once: a forward that is being compiled could not.
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
 class Kernel(Protocol):
@@ -148,7 +150,7 @@ def why_not(backend: str, query: torch.Tensor, dropout: float) -> str | None:
         if device == "cuda" and query.dtype in _HALF and width > 256:
             return f"PyTorch's flash kernel takes head dimensions up to 256, got {width}"
         return None
-    if importlib.util.find_spec("flash_attn") is None:
+    if not HAS_FLASH_ATTN:
         return "the flash-attn package is not installed (pip install flash-attn)"
     if device != "cuda" or query.dtype not in _HALF:
         return f"flash-attn runs float16 and bfloat16 on CUDA, got {query.dtype} on {device!r}"

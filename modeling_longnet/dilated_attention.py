@@ -286,7 +286,8 @@ def dilated_attention(
         is_causal, head_offsets, overlap, num_sink_tokens, padding, local,
     )  # fmt: skip
     device_type = query.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Asked for the meta device, PyTorch raises; whether it can be asked, PyTorch 2.11 cannot compile.
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
     if query_offset is None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _schedule_text(config) -> str:
-    return json.dumps(asdict(DilationSchedule.from_config(config)))
+    return json.dumps(DilationSchedule.from_config(config).as_arguments())
 
 
 def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **extra: torch.Tensor) -> None:

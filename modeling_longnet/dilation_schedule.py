@@ -5,7 +5,7 @@ D head dimension, w segment length, r dilation rate, s offset of a head, i patte
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 
 HEAD_OFFSETS = ("modulo", "contiguous")
@@ -131,7 +131,7 @@ class DilationSchedule:
 
     def as_arguments(self) -> dict:
         """The keyword arguments of `dilated_attention` that say the same."""
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def dense_start(self) -> int:
