@@ -36,8 +36,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_longnet.patching import load_patched_model, patch_model
+from modeling_longnet.patching import load_patched_model, patch_model, unpatch_model
 from modeling_longnet.patching import report as patch_report
+from modeling_longnet.rope_scaling import LEARNED_TABLES
 from reporting import caption, new_figure, provenance, save_figure, write_json
 from smollm2 import smollm2_135m
 from texts import load_text
@@ -45,6 +46,7 @@ from texts import load_text
 
 DENSE, ZERO_SHOT, TUNED, DENSE_TUNED = "dense", "patched", "patched + LoRA", "dense + LoRA"
 RESULTS_FILE, PLOT_FILE = "results.json", "perplexity.png"
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
 LATER_OPTIONS = ("resume", "merge", "prompt_tokens", "new_tokens")  # may change when a run is resumed
 
 
@@ -54,7 +56,9 @@ class Options:
 
     model: str | None = field(default=None, metadata={"help": "Hub id or folder; default SmolLM2-135M, from pip"})
     text: str = field(default="python-docs", metadata={"help": "a name known to texts.py, a file or a folder"})
-    dataset: str | None = field(default=None, metadata={"help": "a dataset for `datasets` to load, instead of --text"})
+    dataset: str | None = field(
+        default=None, metadata={"help": "for `datasets` to load instead of --text: a Hub id, or a folder of .jsonl files"}
+    )
     text_column: str = field(default="text", metadata={"help": "the dataset's column to read"})
     segment_lengths: list[int] | None = field(default=None, metadata={"help": "default: from the model's own window"})
     dilation_rates: list[int] | None = field(default=None, metadata={"help": "one per segment length"})
@@ -69,7 +73,9 @@ class Options:
         default=None, metadata={"help": "JSON, for contexts beyond the model's window: "
                                 '{"rope_type": "yarn", "factor": 4.0}'}
     )  # fmt: skip
-    dtype: str = field(default="auto", metadata={"help": "of the weights; auto: bfloat16 on a GPU that has it"})
+    dtype: str = field(
+        default="auto", metadata={"help": "of the weights; auto: bfloat16 on a GPU that has it", "choices": DTYPES}
+    )
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
@@ -113,6 +119,11 @@ def parse(arguments: list[str] | None) -> tuple[Options, TrainingArguments]:
         parser.error("--segment-lengths and --dilation-rates belong together: give both or neither")
     if options.layers and options.dense_layers:
         parser.error("--layers and --dense-layers say the same in two ways: give one of them")
+    for name, least in {"block_size": 2, "eval_lengths": 2, "prompt_tokens": 1, "new_tokens": 1}.items():
+        if min(torch.tensor(getattr(options, name)).view(-1).tolist()) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    if training.max_steps == 0:
+        parser.error("--max-steps must be at least 1, or -1 for --num-train-epochs, got 0")
     if options.eval_tokens < max(options.eval_lengths):
         parser.error(f"--eval-tokens {options.eval_tokens} is less than the longest of --eval-lengths")
     if training.world_size > 1 or training.n_gpu > 1:
@@ -150,7 +161,10 @@ def patch_settings(options: Options, config: PreTrainedConfig) -> dict:
             raise ValueError(f"--dense-layers must be layers of 0..{len(layers) - 1}, got {wrong}.")
         settings["layers"] = sorted(set(layers) - set(options.dense_layers))
     if options.rope_scaling:
-        settings["rope_scaling"] = json.loads(options.rope_scaling)
+        try:
+            settings["rope_scaling"] = json.loads(options.rope_scaling)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--rope-scaling must be JSON, got {options.rope_scaling!r}: {error}.") from None
     return settings
 
 
@@ -159,6 +173,23 @@ def load_base(options: Options, training: TrainingArguments) -> torch.nn.Module:
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if bf16 else "float32"
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     return model.to(training.device).eval()
+
+
+def check_early(model: torch.nn.Module, settings: dict, options: Options) -> None:
+    """Refuses what the model cannot do, before hours of other work: the patch, its backend, the lengths."""
+    longest = max(options.block_size, *options.eval_lengths, options.prompt_tokens + options.new_tokens)
+    tables = [
+        min(module.num_embeddings, model.config.max_position_embeddings) for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and path.rpartition(".")[2] in LEARNED_TABLES
+    ]  # fmt: skip
+    if tables and longest > min(tables):
+        raise ValueError(
+            "--block-size, --eval-lengths and --prompt-tokens + --new-tokens must not exceed the "
+            f"{min(tables)} learned positions of {type(model).__name__}, got {longest}."
+        )
+    patch_model(model, **settings)
+    window_loss(model, torch.zeros(2, dtype=torch.long))
+    unpatch_model(model)
 
 
 def tokenize(tokenizer, options: Options) -> tuple[list[dict], torch.Tensor]:
@@ -227,20 +258,24 @@ def lora_config(model: torch.nn.Module, options: Options) -> LoraConfig:
     )  # fmt: skip
 
 
-def train(model: torch.nn.Module, blocks: list[dict], options: Options, training: TrainingArguments) -> tuple:
-    """The model with a trained adapter, and what the training took."""
+def train(
+    model: torch.nn.Module, blocks: list[dict], options: Options, training: TrainingArguments, done: dict | None
+) -> tuple:
+    """The model with a trained adapter, and what the training took: `done`, if an earlier run has finished it."""
     set_seed(training.seed)
     model = get_peft_model(model, lora_config(model, options))
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
     checkpoint = get_last_checkpoint(training.output_dir) if options.resume else None
+    begin = int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else 0
+    if done and done["steps"] == begin:
+        model.load_adapter(checkpoint, model.active_adapter)  # the Trainer would take one more step
+        return model.eval(), done
     trainer = Trainer(model=model, args=training, train_dataset=blocks)
-    try:
-        output = trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. Run the same command with --resume to go on from {training.output_dir}.")
-        raise
-    steps = trainer.state.global_step - (int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else 0)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    # Without the autocast that --bf16 and --fp16 wrap around it: what is measured is what loads again.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    steps = trainer.state.global_step - begin
     trainable, total = model.get_nb_trainable_parameters()
     facts = {
         "steps": trainer.state.global_step,
@@ -301,10 +336,18 @@ class Results:
         self.path, self.data = folder / RESULTS_FILE, facts | {"perplexity": {}, "training": {}}
         if self.path.is_file():
             earlier = json.loads(self.path.read_text())
-            changed = [key for key in ("model", "settings", "options") if earlier[key] != facts[key]]
+            was, now = ({"model": run["model"]} | run["options"] | run["settings"] for run in (earlier, facts))
+            names = [name for name in was | now if was.get(name) != now.get(name)]
+            changed = [f"{name} {now.get(name)} instead of {was.get(name)}" for name in names]
             if changed:
-                raise ValueError(f"--resume wants the interrupted run's options, got other {' and '.join(changed)}.")
+                raise ValueError(f"--resume wants the interrupted run's options, got {', '.join(changed)}.")
             self.data = earlier | {"run": facts["run"]}
+
+    def trained(self, name: str, model: torch.nn.Module, *args) -> torch.nn.Module:
+        """The model with its adapter; what `train` took is written at once, as the mark that it has finished."""
+        model, self.data["training"][name] = train(model, *args, self.data["training"].get(name))
+        write_json(self.path, self.data)
+        return model
 
     def measure(self, name: str, model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) -> None:
         if name not in self.data["perplexity"]:
@@ -368,17 +411,18 @@ def main(arguments: list[str] | None = None) -> dict:
     })  # fmt: skip
     data, lengths = results.data, options.eval_lengths
 
+    check_early(model, settings, options)
     results.measure(DENSE, model, held_out, lengths)
     if options.compare_dense and DENSE_TUNED not in data["perplexity"]:
         dense_training = copy.copy(training)
         dense_training.output_dir = str(output / "dense")
-        dense, data["training"][DENSE_TUNED] = train(load_base(options, training), blocks, options, dense_training)
+        dense = results.trained(DENSE_TUNED, load_base(options, training), blocks, options, dense_training)
         results.measure(DENSE_TUNED, dense, held_out, lengths)
         del dense
     model = patch_model(model, **settings)
     print(patch_report(model))
     results.measure(ZERO_SHOT, model, held_out, lengths)
-    model, data["training"][TUNED] = train(model, blocks, options, training)
+    model = results.trained(TUNED, model, blocks, options, training)
     results.measure(TUNED, model, held_out, lengths)
 
     save_and_check(model, tokenizer, held_out, options, training, data)
@@ -405,4 +449,10 @@ def report(data: dict, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)

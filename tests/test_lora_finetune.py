@@ -6,7 +6,15 @@ import huggingface_hub
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import lora_finetune
 from lora_finetune import DENSE, TUNED, ZERO_SHOT
@@ -104,10 +112,27 @@ def test_resume_continues_to_the_result_of_an_uninterrupted_run(base, plain_run,
             lora_finetune.main(arguments(base, tmp_path / "run"))
     with pytest.raises(SystemExit):  # what is there is not overwritten
         lora_finetune.main(arguments(base, tmp_path / "run"))
-    with pytest.raises(ValueError, match="options"):
+    with pytest.raises(ValueError, match="options, got num_sink_tokens 2 instead of 4"):
         lora_finetune.main(arguments(base, tmp_path / "run", "--resume", "--num-sink-tokens", "2"))
     data = lora_finetune.main(arguments(base, tmp_path / "run", "--resume"))
     assert data["perplexity"] == plain_run["perplexity"]
+    again = lora_finetune.main(arguments(base, tmp_path / "run", "--resume", "--merge"))
+    assert again["loss"] == data["loss"] and again["training"] == data["training"]  # finished: not a step more
+
+
+def test_mixed_precision_trains_and_what_is_saved_loads_to_the_same_loss(base, plain_run, tmp_path):
+    data = lora_finetune.main(arguments(base, tmp_path / "run", "--bf16", "--merge"))
+    assert data["reloaded_loss"] == pytest.approx(data["loss"], abs=1e-6)
+    assert data["perplexity"][TUNED] == pytest.approx(plain_run["perplexity"][TUNED], rel=0.02)
+    assert data["perplexity"][TUNED] != plain_run["perplexity"][TUNED]
+
+
+def test_a_learned_position_table_bounds_the_lengths(base, tmp_path):
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=256, n_positions=100)
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="must not exceed the 100 learned positions of GPT2LMHeadModel, got 128"):
+        lora_finetune.main(arguments(base, tmp_path / "run", "--model", str(tmp_path / "gpt2")))
 
 
 def test_gradient_checkpointing_trains_the_same(base, plain_run, tmp_path):
@@ -149,6 +174,11 @@ def test_norms_and_embeddings_train_and_reload(base, plain_run, tmp_path):
         (("--block-size", "100000"), "must hold more than"),
         (("--layers", "0", "--dense-layers", "1"), "give one of them"),
         (("--dense-layers", "1", "2"), "layers of 0..1, got [2]"),
+        (("--eval-lengths", "1", "32"), "--eval-lengths must be at least 2, got [1, 32]"),
+        (("--new-tokens", "0"), "--new-tokens must be at least 1, got 0"),
+        (("--max-steps", "0"), "--max-steps must be at least 1"),
+        (("--rope-scaling", "{yarn"), "--rope-scaling must be JSON"),
+        (("--dtype", "float8"), "invalid choice"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(base, tmp_path, capsys, more, message):
