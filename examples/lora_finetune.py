@@ -57,7 +57,7 @@ class Options:
     model: str | None = field(default=None, metadata={"help": "Hub id or folder; default SmolLM2-135M, from pip"})
     text: str = field(default="python-docs", metadata={"help": "a name known to texts.py, a file or a folder"})
     dataset: str | None = field(
-        default=None, metadata={"help": "for `datasets` to load instead of --text: a Hub id, or a folder of .jsonl files"}
+        default=None, metadata={"help": "instead of --text, for `datasets`: a Hub id, or a folder of .jsonl files"}
     )
     text_column: str = field(default="text", metadata={"help": "the dataset's column to read"})
     segment_lengths: list[int] | None = field(default=None, metadata={"help": "default: from the model's own window"})
