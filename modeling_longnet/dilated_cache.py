@@ -7,14 +7,21 @@ r dilation rate.
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
-from .dilated_cache_layer import Clock, DilatedLayer, dilated_layer_indices
+from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
 from .dilation_schedule import DilationSchedule
 from .document_ids import Documents, find_documents, restore_order
 
 
 _ROOM_STEP = 64  # tokens
+
+
+def _keeps_states(config) -> bool:
+    """Whether a dilated layer keeps recurrent states beside its keys (Falcon-H1), for which there are no slots."""
+    layers = DynamicCache(config=config).layers
+    dilated = [layers[index] for index in dilated_layer_indices(config) if index < len(layers)]
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in dilated)
 
 
 def _padding_first(documents: Documents) -> Documents:
@@ -49,7 +56,7 @@ class DilatedCache(DynamicCache):
             of S at once: shapes are then static, and `generate` compiles decoding where it does so for a StaticCache.
 
     Raises:
-        ValueError: a configuration without a causal schedule.
+        ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values.
     """
 
     def __init__(self, config, max_length: int | None = None):
@@ -58,6 +65,11 @@ class DilatedCache(DynamicCache):
         self.schedule = DilationSchedule.from_config(config)
         if not self.schedule.is_causal:
             raise ValueError("`config` must be that of a causal model, got is_causal=False.")
+        if _keeps_states(config):
+            raise ValueError(
+                f"`config`: the dilated layers of {type(config).__name__} keep recurrent states beside their keys, which "
+                "a bounded cache does not. Use DynamicCache(config=model.config)."
+            )
         self.clock = Clock()
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
@@ -89,7 +101,7 @@ class DilatedCache(DynamicCache):
         """
         self.clock.check_batch(batch_size)
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, -query_length:]
+            attention_mask = self._new_columns(attention_mask, query_length)
         documents = find_documents(
             attention_mask, position_ids, batch_size=batch_size, query_length=query_length, query_offset=0,
             key_length=query_length, device=device,
@@ -105,6 +117,19 @@ class DilatedCache(DynamicCache):
             positions = positions.masked_fill(real < 0, 0)
         is_split = torch.ones(1, 1, dtype=torch.bool, device=device) if self.clock.had_padding_behind else None
         return documents._replace(positions=positions, is_split=is_split)
+
+    def _new_columns(self, attention_mask: torch.Tensor, query_length: int) -> torch.Tensor:
+        """The last Q columns of a mask [B, earlier + Q] or [B, Q], which must tell of the others what was told then."""
+        width = attention_mask.shape[1]
+        if width == query_length or torch.compiler.is_compiling():
+            return attention_mask[:, -query_length:]
+        if width != self.get_seq_length() + query_length:
+            raise ValueError(
+                f"`attention_mask` must have shape {(len(attention_mask), self.get_seq_length() + query_length)}, the "
+                f"cached tokens included, got {tuple(attention_mask.shape)}."
+            )
+        self.clock.check_earlier((attention_mask[:, :-query_length] != 0).sum(1))
+        return attention_mask[:, -query_length:]
 
     def attention_forward(
         self,
@@ -140,9 +165,13 @@ class DilatedCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, CacheLayerMixin):  # it holds no keys; Transformers 5.17 asks the first layer for all
             layer = self.dilated_layers[0]
+        plain = [other for other in self._plain_layers if isinstance(other, CacheLayerMixin)]
+        if not torch.compiler.is_compiling():
+            seen = self.dilated_layers[0].get_seq_length()
+            if any(other.get_seq_length() != seen for other in plain):
+                raise ValueError(ABORTED)
         # Patched and plain layers share a mask: it has to cover what the plain ones keep.
         if isinstance(layer, DilatedLayer):
-            plain = (other for other in self._plain_layers if isinstance(other, CacheLayerMixin))
             layer = next((other for other in plain if not getattr(other, "is_sliding", False)), layer)
         return layer.get_mask_sizes(query_length)
 
@@ -194,6 +223,9 @@ class DilatedCache(DynamicCache):
             layer.batch_select_indices(indices)
 
     def reset(self) -> None:
+        for layer in self._plain_layers:
+            if isinstance(layer, CacheLayerMixin):  # Transformers 5.17 would keep as many rows of zeros
+                layer.keys, layer.values, layer.is_initialized = None, None, False
         super().reset()
         clock = self.clock
         clock.step, clock.waiting, clock.had_padding_behind = None, 0, False
@@ -212,12 +244,23 @@ class DilatedCache(DynamicCache):
 
 
 def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cache_length: int) -> bool:
-    """Puts a DilatedCache into `generate`'s arguments, unless another cache, or weights of all keys, are wanted."""
+    """Puts a DilatedCache into `generate`'s arguments, unless another cache, or weights of all keys, are wanted.
+
+    Raises:
+        ValueError: in training with gradient checkpointing, where the layers run without any cache.
+    """
+    if model.training and model.is_gradient_checkpointing and generation_config.use_cache is not False:
+        raise ValueError(
+            "`generate` cannot use a cache in training with gradient checkpointing, which sets caches aside: call "
+            "`model.eval()` before, or pass `use_cache=False`."
+        )
     if (
         model_kwargs.get("past_key_values") is not None
         or generation_config.use_cache is False
         or generation_config.cache_implementation is not None
         or generation_config.output_attentions
+        or not dilated_layer_indices(model.config)
+        or _keeps_states(model.config)
     ):
         return False
     # In steps, so that texts of nearly the same length get slots of the same shape.

@@ -14,6 +14,12 @@ from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule
 
 
+ABORTED = (
+    "`past_key_values`: a forward with this cache did not end (an error or an interruption): its layers disagree. Call "
+    "`reset()`, or load the state that was saved last."
+)
+
+
 @dataclass
 class Step:
     """What one forward pass needs, the same for all layers.
@@ -37,7 +43,8 @@ class Step:
 def dilated_layer_indices(config) -> list[int]:
     """The layers whose attention is dilated: all of a LongNet, the patched ones of a patched model."""
     settings = getattr(config, "dilated_attention", None)
-    return list(range(config.num_hidden_layers)) if settings is None else settings["layers"]
+    layers = range(config.num_hidden_layers)  # fewer than are patched while `generate` drafts with the first ones
+    return list(layers) if settings is None else [index for index in settings["layers"] if index in layers]
 
 
 class Clock:
@@ -66,10 +73,7 @@ class Clock:
     def begin(self, batch: int, query_length: int, ids: torch.Tensor | None) -> Step:
         """The step of a forward with Q new columns, of which `ids` [B, Q] < 0 are padding."""
         if self.step is not None:
-            raise ValueError(
-                "`past_key_values`: a forward with this cache did not end (an error or an interruption): its layers "
-                "disagree. Call `reset()`, or load the state that was saved last."
-            )
+            raise ValueError(ABORTED)
         self.check_batch(batch)
         self.make_room(query_length)
         first = self.next_positions()
@@ -105,6 +109,16 @@ class Clock:
     def check_batch(self, batch: int) -> None:
         if self.positions is not None and len(self.positions) != batch:
             raise ValueError(f"`past_key_values` holds {len(self.positions)} rows, got a batch of {batch}.")
+
+    def check_earlier(self, tokens: torch.Tensor) -> None:
+        """Refuses a mask that tells of other earlier tokens [B], padding left out, than those that were read."""
+        read = torch.zeros_like(tokens) if self.positions is None else self.next_positions().to(tokens.device)
+        if bool((tokens != read).any()):
+            raise ValueError(
+                f"`attention_mask` has {tokens.tolist()} earlier tokens in its rows, `past_key_values` was given "
+                f"{read.tolist()}: a bounded cache cannot take back what a token was when it came. Use a DynamicCache, "
+                "or read the text anew."
+            )
 
     def next_positions(self) -> torch.Tensor:
         """Tokens that each row has had, [B]."""
@@ -259,6 +273,11 @@ class DilatedLayer(CacheLayerMixin):
             query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
         if not self.is_initialized:
             self.lazy_initialization(key, value, head_index_offset, total_num_heads)
+        if key.dtype != self.dtype:
+            raise ValueError(
+                f"`past_key_values` holds {self.dtype}, got {key.dtype}: go on in the dtype, and under the autocast, "
+                "in which the cache began."
+            )
         step = clock.begin(len(query), query.shape[2], ids) if self.is_first else clock.step
         wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         if query.shape[2] == 1 and not self.record_past and not clock.waiting and not wants_grad:

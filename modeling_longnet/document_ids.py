@@ -198,8 +198,12 @@ def find_documents(
         key_length: N. Beyond the last query there may be room that a static cache has not filled yet.
 
     Raises:
-        ValueError: for masks of another shape, and for padding between tokens that cannot be put aside.
+        ValueError: for masks and positions of another shape, and for padding between tokens that cannot be put aside.
     """
+    if position_ids is not None and tuple(position_ids.shape) not in ((1, query_length), (batch_size, query_length)):
+        raise ValueError(
+            f"`position_ids` must have shape {(batch_size, query_length)}, got {tuple(position_ids.shape)}."
+        )
     slots = query_offset + torch.arange(query_length, device=device)
     length = query_offset + query_length if isinstance(query_offset, int) else query_length
     if attention_mask is not None:

@@ -307,6 +307,18 @@ class LongNetModel(LongNetPreTrainedModel):
                 f"{self.config.position_embedding_type!r}`, got {int(positions.max())}."
             )
 
+    def refuse_what_would_be_lost(
+        self, past_key_values: Cache | None, position_ids: torch.Tensor | None, kwargs: dict
+    ) -> None:
+        """Raises a ValueError for a cache that checkpointed layers do not get, and for packing that is told in vain."""
+        if past_key_values is not None and self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "`past_key_values` cannot be used in training with gradient checkpointing, which sets caches aside."
+            )
+        told = [name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None]
+        if told and position_ids is None:
+            raise ValueError(f"`{told[0]}` must come with `position_ids` that restart with each document, got none.")
+
     def embed(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, document_positions: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
@@ -347,6 +359,7 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError(
                 f"`{name}` must be a batch of rows with at least one token each, got shape {tuple(given.shape)}."
             )
+        self.refuse_what_would_be_lost(past_key_values, position_ids, kwargs)
         # CODEPATH: encoders have no cache of their own.
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)

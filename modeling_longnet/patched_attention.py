@@ -2,12 +2,14 @@
 
 Letters: B batch, H query heads, G key/value heads, Q query tokens, N key tokens, D head dimension.
 
-The mask function never builds a Q x N mask. It returns an int32 tensor [B, 1, 3, N], which Transformers, Accelerate's
+The mask function never builds a Q x N mask. It returns an int32 tensor [B, 1, 4, N], which Transformers, Accelerate's
 hooks and gradient checkpointing carry to every layer as they would carry a mask:
 
     row 0   document id of each key, negative = padding   -1 -1  1  1  1  1     (left padding)
     row 1   index of the first query among the keys        4  4  4  4  4  4     (two queries)
     row 2   whether the caller gave a 2-D attention mask   1  1  1  1  1  1
+    row 3   tokens before the first key, known to a        0  0  0  0  0  0     (not padding; -1: some, untold)
+            bounded cache alone
 
 The settings of a patch live in `config.dilated_attention`, nowhere else: a model that is copied or wrapped keeps them.
 """
@@ -114,13 +116,13 @@ def unsupported_reason(
 
 def is_compact_mask(mask: object) -> bool:
     """Whether this is a mask made by `dilated_mask`."""
-    return isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1:3] == (1, 3)
+    return isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1:3] == (1, 4)
 
 
 def _padding_ids(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
-    """Document ids [B, N] from a 2-D mask: 1 = real, -1 = padding. One run of real tokens a row, or a ValueError."""
-    real = attention_mask[:, :kv_length].bool()
-    real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]), value=False)
+    """Document ids [B, N or more] from a 2-D mask: 1 = real, -1 = padding. One run of real tokens a row."""
+    real = attention_mask.bool()
+    real = torch.nn.functional.pad(real, (0, max(0, kv_length - real.shape[1])), value=False)
     if not torch.compiler.is_compiling():
         begins = real.clone()
         begins[:, 1:] &= ~real[:, :-1]
@@ -131,6 +133,17 @@ def _padding_ids(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
                 "or when continuing from a cache."
             )
     return torch.where(real, 1, -1)
+
+
+def _check_width(attention_mask: torch.Tensor, end: int | torch.Tensor, room: int, new: int | None) -> None:
+    """Refuses a 2-D mask that does not end with the queries, at `end`, or in a static cache's room, or has no `new`."""
+    width = attention_mask.shape[1]
+    if torch.compiler.is_compiling() or width in (room, new) or (width < room and width >= int(end)):
+        return
+    raise ValueError(
+        f"`attention_mask` must have shape {(len(attention_mask), int(end))}, the cached tokens included, got "
+        f"{tuple(attention_mask.shape)}."
+    )
 
 
 def _packed_ids(mask_function: Callable, batch_size: int, length: int, device: torch.device) -> torch.Tensor:
@@ -160,10 +173,11 @@ def dilated_mask(
     config=None,
     **kwargs,
 ) -> torch.Tensor | None:
-    """The compact mask of this file's head, int32 [B, 1, 3, N]; a sliding-window or chunked layer gets its own mask.
+    """The compact mask of this file's head, int32 [B, 1, 4, N]; a sliding-window or chunked layer gets its own mask.
 
     Raises:
-        ValueError: for padding between real tokens, and for masks that are not causal or that a model adds to.
+        ValueError: for padding between real tokens, for masks of another length, and for masks that are not causal or
+            that a model adds to.
     """
     if local_size is not None:
         original = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINALS[config._attn_implementation]]
@@ -174,21 +188,28 @@ def dilated_mask(
     if use_vmap:
         raise ValueError("this forward adds its own function to the causal mask, which a patched model cannot read.")
     device = attention_mask.device if attention_mask is not None else torch.device(device)
+    # A bounded cache asks for the new tokens alone, and checks what is told of those before.
+    covers_past = isinstance(kv_offset, int) and kv_offset == 0
+    earlier = 0 if covers_past else -1
     if attention_mask is not None:
-        # A bounded cache asks for the new tokens alone: what came before is its own affair.
-        covers_past = isinstance(kv_offset, int) and kv_offset == 0
-        ids = _padding_ids(attention_mask if covers_past else attention_mask[:, -kv_length:], kv_length)
+        room = kv_offset + kv_length
+        _check_width(attention_mask, q_offset + q_length, room, None if covers_past else q_length)
+        ids = _padding_ids(attention_mask, kv_length)
+        if ids.shape[1] > kv_length:
+            earlier = (ids[:, :-kv_length] >= 0).sum(1, keepdim=True)
+            ids = ids[:, -kv_length:]
     elif mask_function is not causal_mask_function and kv_length > 1:
         if q_length != kv_length:
             raise ValueError("this forward uses a mask that is not the causal one, which a patched model cannot read.")
         ids = _packed_ids(mask_function, batch_size, kv_length, device)
     else:
         ids = torch.zeros(batch_size, kv_length, dtype=torch.long, device=device)
-    mask = torch.empty(batch_size, 1, 3, kv_length, dtype=torch.int32, device=device)
+    mask = torch.empty(batch_size, 1, 4, kv_length, dtype=torch.int32, device=device)
     mask[:, 0, 0] = ids
     # A static cache's offset is a live tensor, bumped by every layer's update: writing it here copies it.
     mask[:, 0, 1] = q_offset - kv_offset
     mask[:, 0, 2] = int(attention_mask is not None)
+    mask[:, 0, 3] = earlier
     return mask
 
 
@@ -201,6 +222,13 @@ class Layout:
     is_packed: bool
 
 
+def _check_positions(position_ids: torch.Tensor | None, query_length: int) -> None:
+    if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != query_length):
+        raise ValueError(
+            f"`position_ids` must have shape [B, {query_length}] in a patched model, got {tuple(position_ids.shape)}."
+        )
+
+
 def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
     batch, length = ids.shape
@@ -208,8 +236,6 @@ def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tenso
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     if position_ids is None:
         return begins
-    if position_ids.ndim != 2:
-        raise ValueError(f"`position_ids` must have shape [B, Q] in a patched model, got {tuple(position_ids.shape)}.")
     position_ids = position_ids.expand(batch, -1)
     index = (offset + torch.arange(position_ids.shape[1], device=ids.device)).expand(batch, -1)
     jumps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
@@ -222,10 +248,15 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
     """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
     ids, offset, given = mask[:, 0, 0].long(), mask[0, 0, 1, 0].long(), mask[0, 0, 2, 0] > 0
     length = mask.shape[-1]
-    begins = None
+    _check_positions(position_ids, query_length)
     if torch.compiler.is_compiling():
         begins = _restarts(position_ids, offset, ids)
         return Layout(torch.where(given, ids, begins.cumsum(1)), offset, True)
+    if bool(mask[:, 0, 3].any()):
+        raise ValueError(
+            "`past_key_values` holds earlier tokens, and this forward goes on without them: gradient checkpointing "
+            "sets caches aside. Call `model.eval()` or `model.gradient_checkpointing_disable()`."
+        )
     at = None if int(offset) == length - query_length else int(offset)
     if bool(given):
         return Layout(None if bool((ids >= 0).all()) else ids, at, False)
@@ -340,6 +371,7 @@ def run_bounded(
     module, query, key, value, mask, settings: dict, layer: DilatedLayer, dropout, scaling, **kwargs
 ) -> torch.Tensor:
     """Dilated attention with a bounded cache: query [B, H, Q, D], key and value [B, G, Q, D] -> out [B, H, Q, D]."""
+    layer.awaited = False
     _refuse_unsupported(module, query, key, value, kwargs)
     if dropout:
         raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
@@ -356,15 +388,31 @@ def run_bounded(
             ids = mask[:, 0, 0, -query.shape[2] :].long()
         if not torch.compiler.is_compiling():
             layer.clock.check_model(module.config)
+            if mask is not None and bool((mask[:, 0, 2] * (mask[:, 0, 3] + 1) > 0).all()):
+                layer.clock.check_earlier(mask[:, 0, 3, 0] + (mask[:, 0, 0, : -query.shape[2]] >= 0).sum(1))
             ids = ids if ids is not None and bool((ids < 0).any()) else None
+            _check_positions(kwargs.get("position_ids"), query.shape[2])
             layer.clock.check_positions(kwargs.get("position_ids"), ids)
             _refuse_packing(kwargs.get("position_ids"), ids)
+            _refuse_untold_packing(kwargs, False)
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
     first_head, total_heads = head_slice(module, query.shape[1])
     return layer.attend(
         query, key, value, ids, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         backend=settings["backend"], head_index_offset=first_head, total_num_heads=total_heads,
     )  # fmt: skip
+
+
+def _refuse_untold_packing(arguments: dict, is_packed: bool) -> None:
+    """Raises a ValueError for documents told in a way that only other attention functions read."""
+    lengths, index = arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")
+    if is_packed or torch.compiler.is_compiling():
+        return
+    if (lengths is not None and lengths.numel() > 2) or (index is not None and bool((index != index[:, :1]).any())):
+        raise ValueError(
+            "`cu_seq_lens_q` or `seq_idx` tells of several documents: a patched model wants `position_ids` that "
+            "restart with each, no `attention_mask`, and no bounded cache."
+        )
 
 
 def _refuse_packing(position_ids: torch.Tensor | None, ids: torch.Tensor | None) -> None:
@@ -389,6 +437,7 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
         )
     _warn_beyond_native_context(module.config, length, settings)
     layout = layout_of(mask, kwargs.get("position_ids"), query_length)
+    _refuse_untold_packing(kwargs, layout.is_packed)
     first_head, total_heads = head_slice(module, query.shape[1])
     return dilated_attention(
         query,

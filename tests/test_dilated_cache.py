@@ -7,6 +7,8 @@ import torch
 from tiny_models import VARIANTS, tiny_config
 from transformers import (
     DynamicCache,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -410,6 +412,97 @@ def test_refusals():
         model(text[:, :3], position_ids=torch.arange(3)[None], past_key_values=cache)
     with pytest.raises(ValueError, match="`position_ids`"):
         model(text[:, :3], position_ids=torch.tensor([[0, 0, 1]]), past_key_values=DilatedCache(model.config))
+
+
+both_models = pytest.mark.parametrize("make", [lambda: longnet(), lambda: MODELS["llama"]()], ids=["longnet", "llama"])
+
+
+@torch.no_grad()
+@both_models
+def test_a_mask_tells_of_earlier_tokens_what_was_told_when_they_came(make):
+    """A bounded cache cannot hide afterwards what it took for a token, the padding behind a finished answer say."""
+    model, text, mask = make(), tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :6] = 0
+    cache = DilatedCache(model.config)
+    model(text[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    for hidden in (slice(14, 19), slice(0, 7), slice(0, 5)):
+        other = torch.ones_like(mask)
+        other[0, hidden] = 0
+        with pytest.raises(ValueError, match="`attention_mask` has"):
+            model(text[:, 20:], attention_mask=other, past_key_values=cache)
+    for width in (19, 39, 41):
+        with pytest.raises(ValueError, match="`attention_mask` must have shape"):
+            model(text[:, 20:], attention_mask=torch.ones(2, width), past_key_values=cache)
+    found = model(text[:, 20:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found[:1], model(text[:1, 6:]).logits[:, 14:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1:], model(text[1:]).logits[:, 20:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_aborted_forward_of_a_hybrid_is_noticed():
+    """The layers before the one that failed, which a patch has left alone, have kept the tokens by then."""
+    model, text = MODELS["gemma3-hybrid"](), tokens(1, 30)
+    cache = DilatedCache(model.config)
+    first = model(text, past_key_values=cache).logits
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model(text[:, :3], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="did not end"):
+        model(text[:, :3], past_key_values=cache)
+    cache.reset()
+    torch.testing.assert_close(read(model, text, [20, 10], cache), first, atol=1e-5, rtol=0)
+
+
+@both_models
+def test_gradient_checkpointing_does_not_forget_a_filled_cache(make):
+    """Transformers' checkpointed layers run without their cache: what was read before would be missing."""
+    model, text = make(), tokens(2, 30)
+    caches = DilatedCache(model.config), DynamicCache(config=model.config)
+    for cache in caches:
+        read(model, text[:, :20], 20, cache)
+    model.train().gradient_checkpointing_enable()
+    for cache in caches:
+        with pytest.raises(ValueError, match="gradient checkpointing|for 10 keys"):
+            model(text[:, 20:], past_key_values=cache)
+    with pytest.raises(ValueError, match="`generate` cannot use a cache"):
+        model.generate(text, max_new_tokens=2)
+    assert model.generate(text, max_new_tokens=2, use_cache=False).shape == (2, 32)
+
+
+@torch.no_grad()
+@both_models
+def test_a_cache_goes_on_in_its_dtype(make):
+    model, text = make(), tokens(2, 30)
+    cache = DilatedCache(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        read(model, text[:, :20], 20, cache)
+    for size in (1, 5):
+        with pytest.raises(ValueError, match="holds torch.bfloat16, got torch.float32"):
+            model(text[:, :size], past_key_values=cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        read(model, text[:, 20:], [1, 9], cache)
+
+
+@torch.no_grad()
+def test_layers_that_keep_states_beside_keys_get_a_cache_for_both():
+    config = FalconH1Config(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4,
+        mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8,
+    )  # fmt: skip
+    model, text = patched(FalconH1ForCausalLM(config)), tokens(1, 20)
+    with pytest.raises(ValueError, match="`config`.*recurrent states"):
+        DilatedCache(model.config)
+    found = model.generate(text, max_new_tokens=10, do_sample=False)
+    assert torch.equal(model(found, use_cache=False).logits[:, 19:-1].argmax(-1), found[:, 20:])
+
+
+@both_models
+def test_drafting_with_the_first_layers_is_greedy_decoding(make):
+    model, text = make(), tokens(1, 10)
+    model.generation_config.pad_token_id = None
+    greedy = model.generate(text, max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(text, max_new_tokens=20, do_sample=False, assistant_early_exit=1), greedy)
 
 
 @torch.no_grad()

@@ -95,6 +95,12 @@ REFUSED = {
         lambda s: s.logits(s.ids, attention_mask=torch.zeros(B, N).index_fill(1, torch.tensor([0]), -torch.inf))),
     "a mask of NaN": (
         ValueError, "`attention_mask`", lambda s: s.logits(s.ids, attention_mask=torch.full((B, N), torch.nan))),
+    "positions of another length": (
+        ValueError, r"`position_ids`.*\(2, 40\).*\(1, 39\)",
+        lambda s: s.logits(s.ids, position_ids=torch.arange(39)[None])),
+    "packing told to other attention functions only": (
+        ValueError, "`cu_seq_lens_q` must come with `position_ids`",
+        lambda s: s.logits(s.ids, cu_seq_lens_q=torch.tensor([0, 15, 40]))),
     "positions beyond a learned table": (
         ValueError, "`max_position_embeddings=32`",
         lambda s: s.logits(s.ids, model=LongNetForCausalLM(

@@ -260,6 +260,30 @@ def test_holes_in_the_mask_are_refused(patched, input_ids):
         patched(input_ids=input_ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("new", [None, 15], ids=["whole", "continued"])
+def test_masks_and_positions_of_another_length_are_refused(patched, input_ids, new):
+    cache = DynamicCache(config=patched.config)
+    if new:
+        logits(patched, input_ids[:, :-new], past_key_values=cache)
+    for length in (15, 44, 46)[new is None :]:
+        with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(2, 45\)"):
+            mask = torch.ones(2, length)
+            patched(input_ids=input_ids[:, -(new or 45) :], attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="`position_ids` must have shape"):
+        patched(input_ids=input_ids, position_ids=torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_packing_told_in_another_way_is_refused(patched, input_ids):
+    """Other attention functions read these; a document must not see the one before it without a word."""
+    positions = torch.cat([torch.arange(20), torch.arange(25)])[None]
+    packed, index = {"cu_seq_lens_q": torch.tensor([0, 20, 45])}, (torch.arange(45) >= 20)[None].int()
+    for told in (packed, {"seq_idx": index}, packed | {"attention_mask": torch.ones(1, 45)}):
+        with pytest.raises(ValueError, match="tells of several documents"):
+            patched(input_ids=input_ids[:1], **told)
+    expected = logits(patched, input_ids[:1], position_ids=positions)
+    assert torch.equal(logits(patched, input_ids[:1], position_ids=positions, **packed), expected)
+
+
 def test_masks_of_pairs_are_refused(patched, input_ids):
     mask = torch.ones(2, 1, 45, 45, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="2-D mask"):
@@ -328,7 +352,7 @@ def test_left_padded_generation_equals_single_rows(patched, input_ids, options):
 def test_no_mask_of_pairs_is_built(patched, monkeypatch):
     calls = record_calls(monkeypatch)
     logits(patched, torch.ones(1, 100, dtype=torch.long))
-    assert [tuple(mask.shape) for _, mask in calls] == [(1, 1, 3, 100)] * 3
+    assert [tuple(mask.shape) for _, mask in calls] == [(1, 1, 4, 100)] * 3
 
 
 def test_compiled_equals_eager_without_graph_breaks(patched, input_ids):
