@@ -254,6 +254,10 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
             "`generate` cannot use a cache in training with gradient checkpointing, which sets caches aside: call "
             "`model.eval()` before, or pass `use_cache=False`."
         )
+    mask = model_kwargs.get("attention_mask")
+    if generation_config.is_assistant and mask is not None and mask.dim() == 2:
+        # `generate` has taken each padding token among the drafted ones for padding.
+        model_kwargs["attention_mask"] = mask.long().cummax(1).values
     if (
         model_kwargs.get("past_key_values") is not None
         or generation_config.use_cache is False

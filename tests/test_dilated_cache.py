@@ -219,6 +219,16 @@ def test_assisted_decoding_is_greedy_decoding(model):
     assert torch.equal(looked_up, greedy) and torch.equal(assisted, greedy)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "longnet-rope-grouped"])
+def test_a_padding_token_that_is_drafted_is_text(name):
+    model, text = MODELS[name](), tokens(1, 10)
+    greedy = model.generate(text, max_new_tokens=30, do_sample=False)
+    # A token of the answer stands for padding now: `generate` infers an assistant's mask from it.
+    model.generation_config.pad_token_id = next(int(token) for token in greedy[0, 14:] if token not in text)
+    assisted = model.generate(text, max_new_tokens=30, do_sample=False, assistant_model=model)
+    assert torch.equal(assisted, greedy)
+
+
 def test_a_returned_cache_goes_on(model):
     text = tokens(1, 20)
     once = model.generate(text, max_new_tokens=60, do_sample=False)
