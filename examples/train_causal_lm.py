@@ -90,6 +90,10 @@ class Settings:
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
+        if self.sample_tokens < 0:
+            raise ValueError(f"`sample_tokens` must be at least 0, got {self.sample_tokens}.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"`chunk_size` must be at least 1, got {self.chunk_size}.")
         if self.chunk_size is not None and self.gradient_checkpointing:
@@ -418,6 +422,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
         raise ValueError(
             f"`output_dir` must hold no checkpoints without --resume, got {settings.output_dir!r}, which does."
         )
+    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the work
     trainer = Trainer(settings)
     if settings.resume:
         trainer.load()

@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
@@ -66,6 +67,11 @@ class Settings:
         for name in ("block_size", "batch_size", "max_steps", "save_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        given = [name for name in ("segment_lengths", "dilation_rates") if getattr(self, name) is not None]
+        if len(given) == 1:
+            raise ValueError(f"`segment_lengths` and `dilation_rates` belong together, got {given[0]} alone.")
+        if given and self.model is None:
+            raise ValueError("`segment_lengths` is for a checkpoint, `model`; a LongNet's schedule is in its `preset`.")
 
 
 # What may differ between a run and its continuation: it changes neither the model nor the batches.
@@ -107,9 +113,13 @@ def make_model(settings: Settings):
         from peft import LoraConfig, get_peft_model
 
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, attention_dropout=0.0)
+        config = AutoConfig.from_pretrained(settings.model)
+        for name in ("attention_dropout", "attn_pdrop"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, config=config)
         lengths, rates = settings.segment_lengths, settings.dilation_rates
-        if lengths is None or rates is None:
+        if lengths is None:
             lengths, rates = geometric_schedule(settings.block_size)
         patch_model(model, lengths, rates)
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -227,6 +237,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     output = Path(settings.output_dir)
     if not settings.resume and checkpoints(output):
         raise ValueError(f"`output_dir` must hold no checkpoints without --resume, got {settings.output_dir!r}.")
+    output.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the work
     run = Run(settings)
     if settings.resume:
         saved = load_checkpoint(run.accelerator, output, json.loads(json.dumps(run.identity)))

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 import scaling_cost_model
 import sequence_parallel_bytes
+import train_sequence_parallel
+from modeling_longnet.patching import is_patched
 from modeling_longnet.sequence_exchange import Heads
 
 
@@ -60,6 +63,31 @@ def test_the_example_has_the_curve_of_one_process_and_goes_on_bit_for_bit_after_
     assert losses(killed) == losses(two)
     got, wanted = (load_file(folder / "model.safetensors") for folder in (killed, two))
     assert got.keys() == wanted.keys() and all((got[name] == wanted[name]).all() for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"segment_lengths": [32]}, "belong together, got segment_lengths alone"),
+        ({"segment_lengths": [32], "dilation_rates": [1]}, "for a checkpoint, `model`"),
+        ({"block_size": 0}, "`block_size` must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        train_sequence_parallel.Settings(**settings)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT sets it right by itself
+def test_a_checkpoint_is_trained_without_attention_dropout_whatever_its_family_calls_it(tmp_path):
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=259, n_positions=64, attn_pdrop=0.1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path)
+    model, _ = train_sequence_parallel.make_model(
+        train_sequence_parallel.Settings(model=str(tmp_path), segment_lengths=[8, 32], dilation_rates=[1, 4])
+    )
+    assert is_patched(model) and model.get_base_model().config.attn_pdrop == 0
 
 
 def test_received_bytes_do_not_grow_with_the_text_but_with_the_number_of_patterns(capsys):

@@ -194,6 +194,8 @@ def test_another_run_is_refused(run, settings, message):
     [
         ({"text": "no-such-text"}, "`text` must be a path or one of python-docs"),
         ({"block_size": 4096}, "`block_size` must not exceed"),
+        ({"block_size": 0}, "`block_size` must be at least 2, got 0"),
+        ({"sample_tokens": -1}, "`sample_tokens` must be at least 0, got -1"),
         ({"batch_size": 1000}, "`batch_size` must leave a batch"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"eval_fraction": 1.5}, "`eval_fraction` must lie between 0 and 1, got 1.5"),
