@@ -22,12 +22,16 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.streaming import TextStream
+from packing import encode_bytes
 from reporting import new_figure, provenance, save_figure, write_json
 from texts import load_text
+
+
+VOCABULARY = 259  # of ByT5Tokenizer(extra_ids=0): the bytes behind three special tokens
 
 
 def option(default: Any, text: str) -> Any:
@@ -55,10 +59,10 @@ class Settings:
 
 
 class RepeatedBytes:
-    """A text's bytes over and over, up to `length`; what is not asked for takes no memory."""
+    """A text's bytes, as train_causal_lm.py reads them, over and over up to `length`, of which nothing is stored."""
 
     def __init__(self, text: str, length: int):
-        self.bytes = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        self.bytes = encode_bytes(text)
         self.length = length
 
     def __len__(self) -> int:
@@ -71,10 +75,16 @@ class RepeatedBytes:
 def make_model(settings: Settings) -> PreTrainedModel:
     dtype = getattr(torch, settings.dtype)
     if settings.model is not None:
-        return LongNetForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device)
+        if not isinstance(model, LongNetForCausalLM) or model.config.vocab_size != VOCABULARY:
+            raise ValueError(
+                f"`model` must be a LongNet over bytes, with a vocabulary of {VOCABULARY}, got {type(model).__name__} "
+                f"with one of {model.config.vocab_size}."
+            )
+        return model
     torch.manual_seed(0)
     config = LongNetConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         segment_lengths=(256, 1024, 4096), dilation_rates=(1, 2, 4), max_position_embeddings=4096,
     )  # fmt: skip
     return LongNetForCausalLM(config).to(device=settings.device, dtype=dtype)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 import benchmark_decoding
 import stream_a_billion
@@ -184,6 +184,22 @@ def test_the_example_streams_and_resumes_to_the_same_bits(tmp_path):
     assert (resumed / "stream.png").stat().st_size > 10_000
     states = [load_file(folder / "state.safetensors") for folder in (straight, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@torch.no_grad()
+def test_the_example_reads_bytes_as_the_model_learned_them(tmp_path):
+    model = make_model(vocab_size=259)
+    model.save_pretrained(tmp_path / "model")
+    text = "What ByT5's tokenizer makes of it, \N{GREEK SMALL LETTER PI} included. " * 20
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "500", "--output_dir", str(tmp_path / "run")]
+    result = stream_a_billion.main([*arguments, "--model", str(tmp_path / "model")])
+    ids = torch.tensor([ByT5Tokenizer(extra_ids=0)(text).input_ids[:500]])
+    assert result["loss"] == pytest.approx(model.eval()(ids, labels=ids).loss.item(), abs=1e-5)
+    for other in (make_model(), LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=259))):
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match=f"a LongNet over bytes.*got {type(other).__name__}"):
+            stream_a_billion.main([*arguments, "--model", str(tmp_path / "other")])
 
 
 def test_the_decoding_benchmark_measures_all_sides():
