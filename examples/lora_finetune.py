@@ -36,6 +36,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
+from modeling_longnet.model_card import make_model_card
 from modeling_longnet.patching import load_patched_model, patch_model, unpatch_model
 from modeling_longnet.patching import report as patch_report
 from modeling_longnet.rope_scaling import LEARNED_TABLES
@@ -371,6 +372,7 @@ def save_and_check(
         del reloaded
         merged = model.merge_and_unload()
         merged.save_pretrained(output / "merged")
+        make_model_card(merged, training.hub_model_id or output.name).save(output / "merged" / "README.md")
         tokenizer.save_pretrained(output / "merged")
         reloaded = load_patched_model(output / "merged", dtype=merged.dtype).to(training.device).eval()
         # Merging rounds the sum of weight and adapter to the weights' precision.

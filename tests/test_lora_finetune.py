@@ -63,6 +63,7 @@ def test_main_measures_trains_saves_and_reloads(base, tmp_path, capsys):
     data = lora_finetune.main(arguments(base, output, "--merge", "--compare-dense"))
     for name in ("results.json", "perplexity.png", "adapter/adapter_model.safetensors", "merged/model.safetensors"):
         assert (output / name).stat().st_size > 0
+    assert "load_patched_model" in (output / "merged" / "README.md").read_text()
     assert json.loads((output / "results.json").read_text()) == data
     assert set(data["perplexity"][TUNED]) == {"32", "128"}
     assert data["perplexity"][TUNED]["128"] < 0.9 * data["perplexity"][ZERO_SHOT]["128"]
