@@ -67,8 +67,8 @@ class DilatedCache(DynamicCache):
             raise ValueError("`config` must be that of a causal model, got is_causal=False.")
         if _keeps_states(config):
             raise ValueError(
-                f"`config`: the dilated layers of {type(config).__name__} keep recurrent states beside their keys, which "
-                "a bounded cache does not. Use DynamicCache(config=model.config)."
+                f"`config`: the dilated layers of {type(config).__name__} keep recurrent states beside their keys, "
+                "which a bounded cache does not. Use DynamicCache(config=model.config)."
             )
         self.clock = Clock()
         heads = config.num_attention_heads

@@ -225,7 +225,8 @@ def find_documents(
         position_ids = position_ids.expand(batch_size, -1)
         begins_of_queries = _document_begins(position_ids, real[:, slots])
         if not isinstance(query_offset, int) or query_offset > 0:
-            first = (slots[0] - position_ids[:, :1]).clamp(min=0)
+            at = real[:, slots].int().argmax(1, keepdim=True)  # a row may begin with padding, which has no place
+            first = (slots[at] - position_ids.gather(1, at)).clamp(min=0)
         if attention_mask is None and not is_tracing(first) and not (begins_of_queries.any() or first.any()):
             return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
         begins = begins.index_copy(1, slots, begins_of_queries)

@@ -105,6 +105,21 @@ def test_a_right_padded_batch_can_be_continued_with_a_dynamic_cache(changes):
         assert_close(found[row, kept], expected, **CLOSE)
 
 
+@every_variant
+def test_a_chat_goes_on_behind_the_padding_of_a_finished_answer(changes):
+    """The first of the new columns is such padding: the last token of the first turn is not in the cache yet."""
+    model, prompt, more = variant(changes), tokens(2, 20), tokens(2, 5)
+    model.generation_config.pad_token_id = 0
+    answers = torch.cat([tokens(2, 6) % 60 + 1, tokens(2, 5) % 60 + 1], 1)
+    mask = torch.ones(2, 36, dtype=torch.long)
+    mask[0, 23:31] = 0
+    text, cache = torch.cat([prompt, answers, more], 1), DynamicCache(config=model.config)
+    run_in_chunks(model, text[:, :30], cache, [20, *[1] * 10])
+    found = model.generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)[:, 36:]
+    for row, kept in enumerate(mask.bool()):
+        assert torch.equal(greedy(model, text[row, kept][None], 20)[0, -20:], found[row])
+
+
 @pytest.mark.parametrize("cache", [None, "dynamic", "static"])
 @every_variant
 def test_a_right_padded_batch_goes_on_as_its_rows_do_alone(changes, cache):
