@@ -341,8 +341,8 @@ def _patched_settings(module: torch.nn.Module) -> dict:
     if settings is None:
         raise ValueError(
             "this model runs the attention implementation 'dilated' without settings: use "
-            "`patch_model(model, segment_lengths, dilation_rates)` or `load_patched_model(path)`. TRL loads a reference "
-            "model like that by itself: pass `ref_model=copy.deepcopy(model)`."
+            "`patch_model(model, segment_lengths, dilation_rates)` or `load_patched_model(path)`. TRL loads a "
+            "reference model like that by itself: pass `ref_model=copy.deepcopy(model)`."
         )
     if settings["rope_scaling"] and not hasattr(module, SCALED_MARK):
         raise ValueError(
