@@ -56,8 +56,8 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
-            f"`model` must be a Transformers model or a PEFT model around one, got {type(base).__name__}; what Accelerate "
-            "or a launcher has wrapped is unwrapped first: `accelerator.unwrap_model(model)`."
+            f"`model` must be a Transformers model or a PEFT model around one, got {type(base).__name__}; what "
+            "Accelerate or a launcher has wrapped is unwrapped first: `accelerator.unwrap_model(model)`."
         )
     return base
 
