@@ -18,6 +18,15 @@ aten = torch.ops.aten
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype that autocast gives to products, where it is on; float64 stays as it is."""
+    device_type = tensors[0].device.type
+    # Asked for the meta device, PyTorch raises; whether it can be asked, PyTorch 2.11 cannot compile.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
+
+
 class Kernel(Protocol):
     """What a backend provides; the two methods mirror each other."""
 

@@ -49,6 +49,16 @@ _XPOS_MAX_LOG_PRODUCT = math.log(3.4e38) - 8
 _XPOS_MAX_LOG_FLOAT16 = math.log(65504) - 4
 
 
+def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict) -> None:
+    """Refuses another model's configuration, of which Transformers warns before it makes up the weights at random."""
+    given = config_dict.get("model_type", config_class.model_type)
+    if given != config_class.model_type:
+        raise ValueError(
+            f"`model_type` must be {config_class.model_type!r} for a {config_class.__name__}, got {given!r}. A decoder "
+            "of another type gets dilated attention from `patch_model`."
+        )
+
+
 @auto_docstring(
     checkpoint="longnet-transformers/longnet-125m",
     custom_intro="""
@@ -185,6 +195,11 @@ class LongNetConfig(PreTrainedConfig):
                 )
         # Called here as well, so that these errors come as plain ValueErrors.
         self.validate_architecture()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "LongNetConfig":
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def _check_spelling(self, unknown: dict):
         """Transformers keeps arguments that it does not know; one that is nearly a field was meant to be that field."""

@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 from transformers.utils.type_validators import interval
 
+from .configuration_longnet import check_model_type
 from .dilation_schedule import DilationSchedule
 
 
@@ -129,6 +130,11 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Called here as well, so that these errors come as plain ValueErrors.
         self.validate_architecture()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "LongNetSlideEncoderConfig":
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def _lengths_for_slide_size(self) -> list[int]:
         """Five lengths in geometric progression up to a whole slide's tiles (gigapath/slide_encoder.py)."""

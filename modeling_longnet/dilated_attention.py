@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, attend_blocks_eager
-from .attention_kernels import BACKENDS, choose_backend, get_kernel
+from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel
 from .dilated_attention_reference import dilated_attention_reference, document_positions
 from .dilation_plan import plan_blocks
 from .dilation_schedule import DilationSchedule
@@ -285,11 +285,7 @@ def dilated_attention(
         tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
         is_causal, head_offsets, overlap, num_sink_tokens, padding, local,
     )  # fmt: skip
-    device_type = query.device.type
-    # Asked for the meta device, PyTorch raises; whether it can be asked, PyTorch 2.11 cannot compile.
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and query.dtype != torch.float64:
-        query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
+    query, key, value = as_autocast(query, key, value)
     if query_offset is None:
         query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
     _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)

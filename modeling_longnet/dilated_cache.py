@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.utils import logging
 
 from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
 from .dilation_schedule import DilationSchedule
 from .document_ids import Documents, find_documents, restore_order
 
+
+logger = logging.get_logger(__name__)
 
 _ROOM_STEP = 64  # tokens
 
@@ -150,6 +153,11 @@ class DilatedCache(DynamicCache):
         """
         if dropout > 0:
             raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
+        if kwargs.get("output_attentions"):
+            logger.warning_once(
+                "`output_attentions=True` gives none with a bounded cache, which has forgotten what the weights of "
+                "earlier tokens would belong to: pass `past_key_values=DynamicCache(config=model.config)`."
+            )
         if module.layer_idx == 0 and not torch.compiler.is_compiling():
             self.clock.check_model(module.config)
         total = module.config.num_attention_heads

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .attention_kernels import as_autocast
 from .dilated_cache_attention import attend_chunk, attend_slots, compiled_chunk, layout_name
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule
@@ -268,9 +269,8 @@ class DilatedLayer(CacheLayerMixin):
             ValueError: padding behind tokens, another batch size, a cache that an aborted forward left half written.
         """
         self.awaited = False
-        device_type, clock = query.device.type, self.clock
-        if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-            query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
+        clock = self.clock
+        query, key, value = as_autocast(query, key, value)
         if not self.is_initialized:
             self.lazy_initialization(key, value, head_index_offset, total_num_heads)
         if key.dtype != self.dtype:

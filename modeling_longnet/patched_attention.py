@@ -481,6 +481,10 @@ def make_attention_function(original: str) -> Callable:
             return run_original(
                 original, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
+        if kwargs.get("output_attentions"):
+            logger.warning_once(
+                "`output_attentions=True` gives none of a patched layer, which never forms the N x N weights."
+            )
         layer = getattr(key, "dilated_layer", None)
         if layer is not None:
             kwargs["layer"] = layer

@@ -6,9 +6,9 @@ import logging
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_models import VARIANTS, tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
-from modeling_longnet import DilationSchedule, LongNetConfig
+from modeling_longnet import DilationSchedule, LongNetConfig, LongNetSlideEncoderConfig
 
 
 @pytest.fixture
@@ -155,6 +155,13 @@ def test_save_load_identity(changes, tmp_path):
 def test_the_schedule_is_the_fields():
     schedule = tiny_config(overlap="once", num_sink_tokens=3, head_offsets="contiguous").dilation_schedule
     assert schedule == DilationSchedule((8, 16, 32), (1, 2, 4), True, "contiguous", "once", 3, "mask", "segment")
+
+
+@pytest.mark.parametrize("config_class", [LongNetConfig, LongNetSlideEncoderConfig])
+def test_another_models_configuration_is_refused(config_class, tmp_path):
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`model_type` must be 'longnet.*got 'llama'[^`]*`patch_model`"):
+        config_class.from_pretrained(tmp_path)
 
 
 def test_auto_map_names_every_head(tmp_path):

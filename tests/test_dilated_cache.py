@@ -396,6 +396,15 @@ def test_attention_weights_of_all_keys_come_from_the_plain_cache():
     assert type(out.past_key_values) is DynamicCache and out.attentions[-1][0].shape == (1, 4, 1, 21)
 
 
+def test_attention_weights_that_a_bounded_cache_cannot_give_are_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_longnet.dilated_cache.logger.warning_once", said.append)
+    model = longnet()
+    model.set_attn_implementation("eager")
+    out = model(tokens(1, 9), past_key_values=DilatedCache(model.config), output_attentions=True)
+    assert out.attentions == () and "output_attentions" in said[0] and "DynamicCache" in said[0]
+
+
 def test_unpatched_models_get_their_own_cache_back():
     model = MODELS["llama"]()
     unpatch_model(model)

@@ -497,6 +497,11 @@ def test_reading_beyond_the_native_context_warns(model, warnings_logged):
     assert any("140 tokens asked" in text for text in warnings_logged)
 
 
+def test_attention_weights_that_a_patched_layer_cannot_give_are_warned_of(patched, warnings_logged, input_ids):
+    assert patched(input_ids, output_attentions=True).attentions == ()
+    assert any("`output_attentions=True` gives none" in text for text in warnings_logged)
+
+
 # Training
 
 
