@@ -55,21 +55,6 @@ original model with dense attention. With the package longnet-transformers insta
 `modeling_longnet.patching` loads it patched."""
 
 
-def schedule_in(config) -> tuple[DilationSchedule, bool]:
-    """The schedule of a configuration, and whether a patch set it.
-
-    Raises:
-        ValueError: a configuration without one.
-    """
-    settings = getattr(config, "dilated_attention", None)
-    if settings is not None:
-        options = {name: settings[name] for name in ("head_offsets", "overlap", "num_sink_tokens", "local")}
-        return DilationSchedule(tuple(settings["segment_lengths"]), tuple(settings["dilation_rates"]), **options), True
-    if not hasattr(config, "dilation_schedule"):
-        raise ValueError(f"`model` must be a LongNet or a patched model, got one of {type(config).__name__}.")
-    return config.dilation_schedule, False
-
-
 def draw_schedule(schedule: DilationSchedule, cells: int = 32) -> str:
     r"""Who sees whom, in text: rows are queries, columns keys, a letter the densest pattern that joins two cells.
 
@@ -168,7 +153,8 @@ def make_model_card(
     Raises:
         ValueError: a model without a schedule.
     """
-    schedule, patched = schedule_in(model.config)
+    schedule = DilationSchedule.from_config(model.config)
+    patched = getattr(model.config, "dilated_attention", None) is not None
     auto_class, name = _auto_class(model), repo_id.rpartition("/")[2]
     trust = "" if patched and not loads_patched else ", trust_remote_code=True"
     example = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{repo_id}"{trust})'

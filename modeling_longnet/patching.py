@@ -12,7 +12,6 @@ Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, 
 
 import functools
 import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from .adapter_files import SETTINGS_NAME, record_in_adapters, write_settings
 from .dilated_cache import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule
 from .model_card import TAGS, upload_with_card
@@ -32,7 +32,6 @@ from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
 
 logger = logging.get_logger(__name__)
 
-SETTINGS_NAME = "dilated_attention.json"
 SETTINGS = (
     "segment_lengths", "dilation_rates", "head_offsets", "overlap", "num_sink_tokens", "local", "layers", "backend",
     "rope_scaling",
@@ -247,7 +246,7 @@ def patch_model(
     base.add_model_tags(list(TAGS))
     if isinstance(base, GenerationMixin):
         base._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, base)
-    _record_in_adapters()
+    record_in_adapters()
     base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
     logger.info(str(base.dilated_attention_report))
     return model
@@ -283,10 +282,6 @@ def report(model: nn.Module) -> PatchReport:
     return _unwrap(model).dilated_attention_report
 
 
-def _write_settings(folder: str | Path, settings: dict) -> None:
-    (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
     """`save_pretrained` of a patched model: records the patch beside an adapter too, and says what cannot be saved."""
     adapter = getattr(self, "_hf_peft_config_loaded", False)
@@ -297,7 +292,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
         raise ValueError("`save_pretrained(push_to_hub=True)` would lose the patch of an adapter: use `push_to_hub`.")
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if adapter:
-        _write_settings(save_directory, self.config.dilated_attention)
+        write_settings(save_directory, self.config.dilated_attention)
     return result
 
 
@@ -320,35 +315,6 @@ def _prepare_cache_for_generation(
         type(self)._prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-
-
-def _record_in_adapters() -> None:
-    """Have `PeftModel.save_pretrained` write the settings beside an adapter whose base model is patched.
-
-    The adapter alone is saved, never the base model's configuration, and a PEFT model may be made before or after the
-    patch; the class's public method is the one place that every way of saving passes, Trainer's and the Hub's included.
-    """
-    if importlib.util.find_spec("peft") is None:
-        return
-    # No import statement: what those name, Transformers demands of all who load this code from the Hub.
-    PeftModel = importlib.import_module("peft").PeftModel
-    original = PeftModel.save_pretrained
-    if hasattr(original, "records_dilated_attention"):
-        return
-
-    @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        result = original(self, save_directory, *args, **kwargs)
-        settings = getattr(getattr(self.get_base_model(), "config", None), "dilated_attention", None)
-        for folder in (Path(save_directory), *(Path(save_directory) / name for name in self.peft_config)):
-            if settings is None:
-                (folder / SETTINGS_NAME).unlink(missing_ok=True)  # of a patched adapter that was saved there before
-            elif (folder / "adapter_config.json").is_file():
-                _write_settings(folder, settings)
-        return result
-
-    save_pretrained.records_dilated_attention = True
-    PeftModel.save_pretrained = save_pretrained
 
 
 def _check_settings(settings: object, source: str) -> dict:

@@ -88,6 +88,7 @@ def test_an_adapter_brings_the_patch_and_finds_its_base_model(hub, published):
     assert published[1]["adapter"] and published[1]["adapter acts"] > 1e-4
     files = hub.repositories["tester/adapter"].files
     assert {"adapter_config.json", "adapter_model.safetensors", "dilated_attention.json", "README.md"} <= set(files)
+    assert "load_patched_model(" in read_card(hub, "adapter").text
 
 
 def test_an_interrupted_push_leaves_nothing_half_done_and_can_be_repeated(hub, published, pulled):

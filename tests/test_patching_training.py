@@ -239,10 +239,13 @@ def test_merged_adapters_save_as_a_patched_model(base_folder, tmp_path):
 
 
 def test_adapters_of_unpatched_models_are_saved_as_ever(base_folder, tmp_path):
-    model = lora(patch_model(LlamaForCausalLM.from_pretrained(base_folder), *SCHEDULE))
-    model.save_pretrained(tmp_path / "adapter")
+    model, card = lora(patch_model(LlamaForCausalLM.from_pretrained(base_folder), *SCHEDULE)), "adapter/README.md"
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "adapter")
+        assert (tmp_path / card).read_text().count("load_patched_model(") == 1
     unpatch_model(model).save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / SETTINGS_NAME).exists()
+    assert "load_patched_model" not in (tmp_path / card).read_text()
     with pytest.raises(ValueError, match="was not saved from a patched model"):
         load_patched_model(tmp_path / "adapter")
 

@@ -1,0 +1,85 @@
+"""What a PEFT adapter of a patched model takes with it: the settings of the patch, and in its card how to load it."""
+
+import functools
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from .model_card import TAGS
+
+
+SETTINGS_NAME = "dilated_attention.json"
+NOTICE = """
+
+## Dilated attention
+
+This adapter was trained on a base model with dilated attention, whose settings are in `dilated_attention.json`. Loaded
+by PEFT or Transformers alone it runs on the dense model, for which it was not trained. With longnet-transformers:
+
+```python
+from modeling_longnet import load_patched_model
+
+model = load_patched_model("this folder or repository")
+```"""
+
+
+def write_settings(folder: str | Path, settings: dict) -> None:
+    """The settings of a patch as a file of their own, for what is saved without the model's configuration."""
+    (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _settings_of(model) -> dict | None:
+    return getattr(getattr(model.get_base_model(), "config", None), "dilated_attention", None)
+
+
+def _tell_in_card(path: Path, is_patched: bool) -> None:
+    """Brings the notice, and the tags, into a card or takes the notice out of it; what else it says stays."""
+    if not path.is_file():
+        return
+    card = ModelCard.load(path)
+    if not is_patched and NOTICE not in card.text:
+        return
+    card.text = card.text.replace(NOTICE, "") + (NOTICE if is_patched else "")
+    if is_patched:
+        card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
+    card.save(path)
+
+
+def record_in_adapters() -> None:
+    """Have PEFT write the settings beside an adapter whose base model is patched, and the notice into its card.
+
+    The adapter alone is saved, never the base model's configuration, and a PEFT model may be made before or after the
+    patch; these methods of the class are what every way of saving passes, Trainer's and the Hub's included.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return
+    # No import statement: what those name, Transformers demands of all who load this code from the Hub.
+    PeftModel = importlib.import_module("peft").PeftModel
+    save, upload = PeftModel.save_pretrained, PeftModel._upload_modified_files
+    if hasattr(save, "records_dilated_attention"):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        result = save(self, save_directory, *args, **kwargs)
+        settings = _settings_of(self)
+        for folder in (Path(save_directory), *(Path(save_directory) / name for name in self.peft_config)):
+            if settings is None:
+                (folder / SETTINGS_NAME).unlink(missing_ok=True)  # of a patched adapter that was saved there before
+            elif (folder / "adapter_config.json").is_file():
+                write_settings(folder, settings)
+        if kwargs.get("is_main_process", True):
+            _tell_in_card(Path(save_directory) / "README.md", settings is not None)
+        return result
+
+    @functools.wraps(upload)
+    def upload_modified_files(self, working_dir, *args, **kwargs):
+        # A push puts the repository's card, or an empty one, over that which was saved.
+        _tell_in_card(Path(working_dir) / "README.md", _settings_of(self) is not None)
+        return upload(self, working_dir, *args, **kwargs)
+
+    save_pretrained.records_dilated_attention = True
+    PeftModel.save_pretrained, PeftModel._upload_modified_files = save_pretrained, upload_modified_files
