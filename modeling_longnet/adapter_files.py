@@ -12,18 +12,18 @@ from .model_card import TAGS
 
 
 SETTINGS_NAME = "dilated_attention.json"
+# It stands at the head of the card: most of what PEFT's template has below it is left blank.
 NOTICE = """
-
-## Dilated attention
-
-This adapter was trained on a base model with dilated attention, whose settings are in `dilated_attention.json`. Loaded
-by PEFT or Transformers alone it runs on the dense model, for which it was not trained. With longnet-transformers:
+**Dilated attention.** This adapter was trained on a base model with dilated attention, whose settings are in
+`dilated_attention.json`. Loaded by PEFT or Transformers alone it runs on the dense model, for which it was not trained.
+With longnet-transformers:
 
 ```python
 from modeling_longnet import load_patched_model
 
 model = load_patched_model("this folder or repository")
-```"""
+```
+"""
 
 
 def write_settings(folder: str | Path, settings: dict) -> None:
@@ -42,7 +42,7 @@ def _tell_in_card(path: Path, is_patched: bool) -> None:
     card = ModelCard.load(path)
     if not is_patched and NOTICE not in card.text:
         return
-    card.text = card.text.replace(NOTICE, "") + (NOTICE if is_patched else "")
+    card.text = (NOTICE if is_patched else "") + card.text.replace(NOTICE, "")
     if is_patched:
         card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
     card.save(path)

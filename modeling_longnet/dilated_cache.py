@@ -257,7 +257,8 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
     Raises:
         ValueError: in training with gradient checkpointing, where the layers run without any cache.
     """
-    if model.training and model.is_gradient_checkpointing and generation_config.use_cache is not False:
+    checkpointed = model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
+    if checkpointed and generation_config.use_cache is not False:
         raise ValueError(
             "`generate` cannot use a cache in training with gradient checkpointing, which sets caches aside: call "
             "`model.eval()` before, or pass `use_cache=False`."
