@@ -38,6 +38,13 @@ def test_each_mode_leaves_a_record_and_a_figure(mode, tmp_path, monkeypatch):
     assert seconds and min(seconds) > 0
 
 
+@pytest.mark.parametrize("given", [["--heads", "4"], ["--dtype", "float32"], ["--lengths", "1000"]])
+def test_what_the_kernel_ratio_cannot_vary_is_refused(given, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--mode", "kernel-ratio", "--output_dir", str(tmp_path), *given])
+    assert given[0] in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_peak_memory_counts_at_least_the_output_and_the_gradients():
     result = benchmark.peak_memory(length=8192, heads=4, width=32, patterns=[(64, 1), (128, 2)])
     assert result["bytes_of_qkv"] == 3 * 8192 * 4 * 32 * 4

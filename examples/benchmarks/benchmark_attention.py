@@ -246,6 +246,17 @@ MODES = {
 }
 
 
+def check_kernel_ratio(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses what has no effect in this mode, which compares one setting on the CPU."""
+    given = [name for name in ("heads", "width", "dtype") if getattr(args, name) is not None]
+    if given:
+        parser.error(f"--mode kernel-ratio has its own {KERNEL_RATIO}: leave out --{given[0]}")
+    longest = KERNEL_RATIO["patterns"][-1][0]
+    if args.lengths and (len(args.lengths) > 1 or args.lengths[0] < 1 or args.lengths[0] % longest):
+        parser.error(f"--mode kernel-ratio takes one of --lengths, a multiple of {longest}, got {args.lengths}")
+    args.device = "cpu"
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=list(MODES), default="kernel-ratio")
@@ -262,6 +273,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.peak_memory_of:
         print(json.dumps(peak_memory(**json.loads(args.peak_memory_of))))
         return {}
+    if args.mode == "kernel-ratio":
+        check_kernel_ratio(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
