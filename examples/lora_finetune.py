@@ -39,7 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_longnet.model_card import make_model_card
 from modeling_longnet.patching import load_patched_model, patch_model, unpatch_model
 from modeling_longnet.patching import report as patch_report
-from modeling_longnet.rope_scaling import LEARNED_TABLES
+from modeling_longnet.rope_scaling import learned_tables
 from reporting import caption, new_figure, provenance, save_figure, write_json
 from smollm2 import smollm2_135m
 from texts import load_text
@@ -121,8 +121,9 @@ def parse(arguments: list[str] | None) -> tuple[Options, TrainingArguments]:
     if options.layers and options.dense_layers:
         parser.error("--layers and --dense-layers say the same in two ways: give one of them")
     for name, least in {"block_size": 2, "eval_lengths": 2, "prompt_tokens": 1, "new_tokens": 1}.items():
-        if min(torch.tensor(getattr(options, name)).view(-1).tolist()) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+        given = getattr(options, name)
+        if (min(given) if isinstance(given, list) else given) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {given}")
     if training.max_steps == 0:
         parser.error("--max-steps must be at least 1, or -1 for --num-train-epochs, got 0")
     if options.eval_tokens < max(options.eval_lengths):
@@ -179,15 +180,12 @@ def load_base(options: Options, training: TrainingArguments) -> torch.nn.Module:
 def check_early(model: torch.nn.Module, settings: dict, options: Options) -> None:
     """Refuses what the model cannot do, before hours of other work: the patch, its backend, the lengths."""
     longest = max(options.block_size, *options.eval_lengths, options.prompt_tokens + options.new_tokens)
-    tables = [
-        min(module.num_embeddings, model.config.max_position_embeddings) for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and path.rpartition(".")[2] in LEARNED_TABLES
-    ]  # fmt: skip
-    if tables and longest > min(tables):
-        raise ValueError(
-            "--block-size, --eval-lengths and --prompt-tokens + --new-tokens must not exceed the "
-            f"{min(tables)} learned positions of {type(model).__name__}, got {longest}."
-        )
+    for _, rows in learned_tables(model):
+        if longest > rows:
+            raise ValueError(
+                "--block-size, --eval-lengths and --prompt-tokens + --new-tokens must not exceed the "
+                f"{rows} learned positions of {type(model).__name__}, got {longest}."
+            )
     patch_model(model, **settings)
     window_loss(model, torch.zeros(2, dtype=torch.long))
     unpatch_model(model)

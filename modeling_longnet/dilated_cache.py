@@ -20,11 +20,13 @@ logger = logging.get_logger(__name__)
 _ROOM_STEP = 64  # tokens
 
 
-def _keeps_states(config) -> bool:
-    """Whether a dilated layer keeps recurrent states beside its keys (Falcon-H1), for which there are no slots."""
-    layers = DynamicCache(config=config).layers
-    dilated = [layers[index] for index in dilated_layer_indices(config) if index < len(layers)]
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in dilated)
+def _keeps_states(layers: list, dilated: list[int]) -> bool:
+    """Whether a dilated layer keeps recurrent states beside its keys (Falcon-H1), for which there are no slots.
+
+    Args:
+        layers: those of the DynamicCache that the model would have. dilated: the indices of the dilated ones.
+    """
+    return any(isinstance(layers[index], LinearAttentionCacheLayerMixin) for index in dilated if index < len(layers))
 
 
 def _padding_first(documents: Documents) -> Documents:
@@ -68,7 +70,9 @@ class DilatedCache(DynamicCache):
         self.schedule = DilationSchedule.from_config(config)
         if not self.schedule.is_causal:
             raise ValueError("`config` must be that of a causal model, got is_causal=False.")
-        if _keeps_states(config):
+        depth, dilated = config.num_hidden_layers, dilated_layer_indices(config)
+        layers = list(DynamicCache(config=config).layers)[:depth]
+        if _keeps_states(layers, dilated):
             raise ValueError(
                 f"`config`: the dilated layers of {type(config).__name__} keep recurrent states beside their keys, "
                 "which a bounded cache does not. Use DynamicCache(config=model.config)."
@@ -76,9 +80,7 @@ class DilatedCache(DynamicCache):
         self.clock = Clock()
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
-        dilated = dilated_layer_indices(config)
-        layers = list(DynamicCache(config=config).layers) if len(dilated) < config.num_hidden_layers else []
-        layers += [None] * (config.num_hidden_layers - len(layers))
+        layers += [None] * (depth - len(layers))
         for index in dilated:
             layers[index] = DilatedLayer(self.schedule, self.clock, max_length, heads_per_key, index)
         Cache.__init__(self, layers=layers)
@@ -174,7 +176,7 @@ class DilatedCache(DynamicCache):
         if not isinstance(layer, CacheLayerMixin):  # it holds no keys; Transformers 5.17 asks the first layer for all
             layer = self.dilated_layers[0]
         plain = [other for other in self._plain_layers if isinstance(other, CacheLayerMixin)]
-        if not torch.compiler.is_compiling():
+        if plain and not torch.compiler.is_compiling():
             seen = self.dilated_layers[0].get_seq_length()
             if any(other.get_seq_length() != seen for other in plain):
                 raise ValueError(ABORTED)
@@ -272,9 +274,10 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
         or generation_config.use_cache is False
         or generation_config.cache_implementation is not None
         or generation_config.output_attentions
-        or not dilated_layer_indices(model.config)
-        or _keeps_states(model.config)
     ):
+        return False
+    dilated = dilated_layer_indices(model.config)
+    if not dilated or _keeps_states(DynamicCache(config=model.config).layers, dilated):
         return False
     # In steps, so that texts of nearly the same length get slots of the same shape.
     steps = max(1, -(-max_cache_length // _ROOM_STEP))

@@ -80,6 +80,14 @@ def _check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length:
             )
 
 
+def check_position_ids(position_ids: torch.Tensor | None, batch_size: int, query_length: int) -> None:
+    """Refuses positions of another shape than [B, Q] or [1, Q]."""
+    if position_ids is not None and tuple(position_ids.shape) not in ((1, query_length), (batch_size, query_length)):
+        raise ValueError(
+            f"`position_ids` must have shape {(batch_size, query_length)}, got {tuple(position_ids.shape)}."
+        )
+
+
 def find_pairs(
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None,
@@ -200,10 +208,7 @@ def find_documents(
     Raises:
         ValueError: for masks and positions of another shape, and for padding between tokens that cannot be put aside.
     """
-    if position_ids is not None and tuple(position_ids.shape) not in ((1, query_length), (batch_size, query_length)):
-        raise ValueError(
-            f"`position_ids` must have shape {(batch_size, query_length)}, got {tuple(position_ids.shape)}."
-        )
+    check_position_ids(position_ids, batch_size, query_length)
     slots = query_offset + torch.arange(query_length, device=device)
     length = query_offset + query_length if isinstance(query_offset, int) else query_length
     if attention_mask is not None:

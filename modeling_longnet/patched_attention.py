@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from .dilated_attention import dilated_attention
 from .dilated_cache_layer import DilatedLayer
+from .document_ids import check_position_ids
 
 
 logger = logging.get_logger(__name__)
@@ -222,13 +223,6 @@ class Layout:
     is_packed: bool
 
 
-def _check_positions(position_ids: torch.Tensor | None, query_length: int) -> None:
-    if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != query_length):
-        raise ValueError(
-            f"`position_ids` must have shape [B, {query_length}] in a patched model, got {tuple(position_ids.shape)}."
-        )
-
-
 def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
     batch, length = ids.shape
@@ -248,7 +242,7 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
     """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
     ids, offset, given = mask[:, 0, 0].long(), mask[0, 0, 1, 0].long(), mask[0, 0, 2, 0] > 0
     length = mask.shape[-1]
-    _check_positions(position_ids, query_length)
+    check_position_ids(position_ids, len(mask), query_length)
     if torch.compiler.is_compiling():
         begins = _restarts(position_ids, offset, ids)
         return Layout(torch.where(given, ids, begins.cumsum(1)), offset, True)
@@ -391,7 +385,7 @@ def run_bounded(
             if mask is not None and bool((mask[:, 0, 2] * (mask[:, 0, 3] + 1) > 0).all()):
                 layer.clock.check_earlier(mask[:, 0, 3, 0] + (mask[:, 0, 0, : -query.shape[2]] >= 0).sum(1))
             ids = ids if ids is not None and bool((ids < 0).any()) else None
-            _check_positions(kwargs.get("position_ids"), query.shape[2])
+            check_position_ids(kwargs.get("position_ids"), len(query), query.shape[2])
             layer.clock.check_positions(kwargs.get("position_ids"), ids)
             _refuse_packing(kwargs.get("position_ids"), ids)
             _refuse_untold_packing(kwargs, False)

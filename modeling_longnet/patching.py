@@ -170,6 +170,18 @@ def _mark_scaled(modules: list[nn.Module]) -> list[Callable[[], None]]:
     return [functools.partial(delattr, module, SCALED_MARK) for module in modules]
 
 
+def _set_instance_attributes(model: PreTrainedModel) -> None:
+    """What a patched model does otherwise than its class; `unpatch_model` takes it away, by INSTANCE_ATTRIBUTES."""
+    # Continuous batching would otherwise switch to dense flash attention with no more than a warning.
+    model._supports_flash_attn = False
+    # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
+    model.save_pretrained = functools.partial(_save_pretrained, model)
+    model.set_attn_implementation = functools.partial(_set_attn_implementation, model)
+    model._upload_modified_files = functools.partial(upload_with_card, model)
+    if isinstance(model, GenerationMixin):
+        model._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, model)
+
+
 def patch_model(
     model: nn.Module,
     segment_lengths: Sequence[int],
@@ -237,15 +249,8 @@ def patch_model(
         "rope_scaling": rope_scaling,
     }
     base._undo_dilated_attention = undo
-    # Continuous batching would otherwise switch to dense flash attention with no more than a warning.
-    base._supports_flash_attn = False
-    # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
-    base.save_pretrained = functools.partial(_save_pretrained, base)
-    base.set_attn_implementation = functools.partial(_set_attn_implementation, base)
-    base._upload_modified_files = functools.partial(upload_with_card, base)
+    _set_instance_attributes(base)
     base.add_model_tags(list(TAGS))
-    if isinstance(base, GenerationMixin):
-        base._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, base)
     record_in_adapters()
     base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
     logger.info(str(base.dilated_attention_report))

@@ -29,6 +29,15 @@ def _refuse_beyond_table(module: nn.Embedding, args: tuple) -> None:
             )
 
 
+def learned_tables(model: PreTrainedModel) -> list[tuple[nn.Embedding, int]]:
+    """The learned position tables of a model, and how many positions each has."""
+    return [
+        (module, min(module.num_embeddings, model.config.max_position_embeddings))  # OPT's table has two more
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED_TABLES
+    ]
+
+
 def guard_learned_positions(model: PreTrainedModel, schedule: DilationSchedule) -> list[Callable[[], None]]:
     """Refuse to read beyond a learned position table (GPT-2). Returns the steps that undo this.
 
@@ -36,16 +45,14 @@ def guard_learned_positions(model: PreTrainedModel, schedule: DilationSchedule) 
         ValueError: for a schedule with segments that such a table can never fill.
     """
     undo = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED_TABLES:
-            rows = min(module.num_embeddings, model.config.max_position_embeddings)  # OPT's table has two more
-            if schedule.segment_lengths[-1] > rows:
-                raise ValueError(
-                    f"`segment_lengths` must not exceed the {rows} learned positions of {type(model).__name__}, got "
-                    f"{schedule.segment_lengths[-1]}: the model cannot read further."
-                )
-            if type(module) is nn.Embedding:
-                undo.append(module.register_forward_pre_hook(_refuse_beyond_table).remove)
+    for module, rows in learned_tables(model):
+        if schedule.segment_lengths[-1] > rows:
+            raise ValueError(
+                f"`segment_lengths` must not exceed the {rows} learned positions of {type(model).__name__}, got "
+                f"{schedule.segment_lengths[-1]}: the model cannot read further."
+            )
+        if type(module) is nn.Embedding:
+            undo.append(module.register_forward_pre_hook(_refuse_beyond_table).remove)
     return undo
 
 
