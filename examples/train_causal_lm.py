@@ -274,7 +274,7 @@ class Trainer:
         for start in range(0, batch.shape[1] - 1, self.settings.chunk_size):
             targets = batch[:, start + 1 : start + 1 + self.settings.chunk_size]
             chunk = batch[:, start : start + targets.shape[1]]
-            logits = self.model(input_ids=chunk, past_key_values=cache).logits.float()
+            logits = self.model(input_ids=chunk, cache=cache).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="sum") / batch[:, 1:].numel()
             self.accelerator.backward(loss)
             total += loss.detach()

@@ -33,6 +33,7 @@ from .modeling_longnet import (
 )
 from .modeling_longnet_slide_encoder import LongNetSlideEncoderModel
 from .patching import is_patched, load_patched_model, patch_model, unpatch_model
+from .transformers_compat import UPLOAD
 
 
 _AUTO_CLASSES = {
@@ -52,7 +53,7 @@ for _model_class, _auto_class in _AUTO_CLASSES.items():
     _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
     _model_class.register_for_auto_class(_auto_class.__name__)
 
-LongNetPreTrainedModel._upload_modified_files = upload_with_card  # not in the model's file: it need not travel
+setattr(LongNetPreTrainedModel, UPLOAD, upload_with_card)  # not in the model's file: it need not travel
 
 __all__ = [
     "DilatedAttention",

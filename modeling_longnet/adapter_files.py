@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from .model_card import TAGS
+from .transformers_compat import UPLOAD
 
 
 SETTINGS_NAME = "dilated_attention.json"
@@ -58,7 +59,7 @@ def record_in_adapters() -> None:
         return
     # No import statement: what those name, Transformers demands of all who load this code from the Hub.
     PeftModel = importlib.import_module("peft").PeftModel
-    save, upload = PeftModel.save_pretrained, PeftModel._upload_modified_files
+    save, upload = PeftModel.save_pretrained, getattr(PeftModel, UPLOAD)
     if hasattr(save, "records_dilated_attention"):
         return
 
@@ -82,4 +83,5 @@ def record_in_adapters() -> None:
         return upload(self, working_dir, *args, **kwargs)
 
     save_pretrained.records_dilated_attention = True
-    PeftModel.save_pretrained, PeftModel._upload_modified_files = save_pretrained, upload_modified_files
+    PeftModel.save_pretrained = save_pretrained
+    setattr(PeftModel, UPLOAD, upload_modified_files)

@@ -20,13 +20,13 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.modeling_utils import AttentionInterface
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 
 from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
 from .document_ids import holds_pairs
+from .transformers_compat import closed_interface
 
 
 logger = logging.get_logger(__name__)
@@ -114,10 +114,7 @@ def fused_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-class LongNetAttentionInterface(AttentionInterface):
-    """Only the names below: every function of the library's own table would compute dense attention."""
-
-    _global_mapping = {name: partial(fused_attention_forward, backend=name) for name in ("sdpa", "flash_attention_2")}
-
-
-ALL_ATTENTION_FUNCTIONS = LongNetAttentionInterface()
+# Only these names: every function of the library's own table would compute dense attention.
+ALL_ATTENTION_FUNCTIONS = closed_interface(
+    {name: partial(fused_attention_forward, backend=name) for name in ("sdpa", "flash_attention_2")}
+)

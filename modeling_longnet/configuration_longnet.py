@@ -21,9 +21,9 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring, logging
-from transformers.utils.type_validators import interval
 
 from .dilation_schedule import DilationSchedule
+from .transformers_compat import CACHE_NAMES, interval
 
 
 logger = logging.get_logger(__name__)
@@ -121,7 +121,7 @@ class LongNetConfig(PreTrainedConfig):
     ```"""
 
     model_type = "longnet"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     # The sub-LayerNorms need all heads and the whole inner width, so outputs are gathered before them.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise_gather_output",

@@ -7,12 +7,13 @@ r dilation rate.
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging
 
 from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
 from .dilation_schedule import DilationSchedule
 from .document_ids import Documents, find_documents, restore_order
+from .transformers_compat import CACHE, LinearAttentionCacheLayerMixin, attention_of
 
 
 logger = logging.get_logger(__name__)
@@ -158,7 +159,7 @@ class DilatedCache(DynamicCache):
         if kwargs.get("output_attentions"):
             logger.warning_once(
                 "`output_attentions=True` gives none with a bounded cache, which has forgotten what the weights of "
-                "earlier tokens would belong to: pass `past_key_values=DynamicCache(config=model.config)`."
+                "earlier tokens would belong to: pass `cache=DynamicCache(config=model.config)`."
             )
         if module.layer_idx == 0 and not torch.compiler.is_compiling():
             self.clock.check_model(module.config)
@@ -166,7 +167,7 @@ class DilatedCache(DynamicCache):
         if total_num_heads is None and query.shape[1] != total:
             raise ValueError(f"a bounded cache must know which of {total} heads these are, got {query.shape[1]}.")
         out = self.layers[module.layer_idx].attend(
-            query, key, value, attention_mask, scale=scaling, backend=module.config._attn_implementation,
+            query, key, value, attention_mask, scale=scaling, backend=attention_of(module.config),
             head_index_offset=head_index_offset, total_num_heads=total_num_heads,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
@@ -270,7 +271,7 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
         # `generate` has taken each padding token among the drafted ones for padding.
         model_kwargs["attention_mask"] = mask.long().cummax(1).values
     if (
-        model_kwargs.get("past_key_values") is not None
+        model_kwargs.get(CACHE) is not None
         or generation_config.use_cache is False
         or generation_config.cache_implementation is not None
         or generation_config.output_attentions
@@ -281,9 +282,9 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
         return False
     # In steps, so that texts of nearly the same length get slots of the same shape.
     steps = max(1, -(-max_cache_length // _ROOM_STEP))
-    model_kwargs["past_key_values"] = DilatedCache(model.config, max_length=steps * _ROOM_STEP)
+    model_kwargs[CACHE] = DilatedCache(model.config, max_length=steps * _ROOM_STEP)
     if generation_config.is_assistant:
-        model_kwargs["past_key_values"].activate_past_recording()
+        model_kwargs[CACHE].activate_past_recording()
     return True
 
 

@@ -16,7 +16,7 @@ from .dilation_schedule import DilationSchedule
 
 
 ABORTED = (
-    "`past_key_values`: a forward with this cache did not end (an error or an interruption): its layers disagree. Call "
+    "`cache`: a forward with this cache did not end (an error or an interruption): its layers disagree. Call "
     "`reset()`, or load the state that was saved last."
 )
 
@@ -103,20 +103,20 @@ class Clock:
         given = DilationSchedule.from_config(config), dilated_layer_indices(config)
         if made_for != given:
             raise ValueError(
-                f"`past_key_values` was made for another model, of {made_for[0]} in the layers {made_for[1]}; this one "
+                f"`cache` was made for another model, of {made_for[0]} in the layers {made_for[1]}; this one "
                 f"has {given[0]} in the layers {given[1]}."
             )
 
     def check_batch(self, batch: int) -> None:
         if self.positions is not None and len(self.positions) != batch:
-            raise ValueError(f"`past_key_values` holds {len(self.positions)} rows, got a batch of {batch}.")
+            raise ValueError(f"`cache` holds {len(self.positions)} rows, got a batch of {batch}.")
 
     def check_earlier(self, tokens: torch.Tensor) -> None:
         """Refuses a mask that tells of other earlier tokens [B], padding left out, than those that were read."""
         read = torch.zeros_like(tokens) if self.positions is None else self.next_positions().to(tokens.device)
         if bool((tokens != read).any()):
             raise ValueError(
-                f"`attention_mask` has {tokens.tolist()} earlier tokens in its rows, `past_key_values` was given "
+                f"`attention_mask` has {tokens.tolist()} earlier tokens in its rows, `cache` was given "
                 f"{read.tolist()}: a bounded cache cannot take back what a token was when it came. Use a DynamicCache, "
                 "or read the text anew."
             )
@@ -134,7 +134,7 @@ class Clock:
         restarts = position_ids < self.next_positions().to(position_ids.device)[:, None]
         if bool((restarts if ids is None else restarts & (ids >= 0).all(1, keepdim=True)).any()):
             raise ValueError(
-                "`position_ids` must go on where the row's text in `past_key_values` ends: a bounded cache holds one "
+                "`position_ids` must go on where the row's text in `cache` ends: a bounded cache holds one "
                 "document per row. Call `reset()` before a new one."
             )
 
@@ -237,7 +237,7 @@ class DilatedLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if self.awaited:
             raise ValueError(
-                "`past_key_values`: this model's attention does not read a DilatedCache. It is for LongNet models and "
+                "`cache`: this model's attention does not read a DilatedCache. It is for LongNet models and "
                 "for layers that `patch_model` has patched."
             )
         self.awaited = True
@@ -275,7 +275,7 @@ class DilatedLayer(CacheLayerMixin):
             self.lazy_initialization(key, value, head_index_offset, total_num_heads)
         if key.dtype != self.dtype:
             raise ValueError(
-                f"`past_key_values` holds {self.dtype}, got {key.dtype}: go on in the dtype, and under the autocast, "
+                f"`cache` holds {self.dtype}, got {key.dtype}: go on in the dtype, and under the autocast, "
                 "in which the cache began."
             )
         step = clock.begin(len(query), query.shape[2], ids) if self.is_first else clock.step

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.utils.import_utils import is_tracing
 
 from .dilated_attention_reference import document_positions
+from .transformers_compat import is_tracing
 
 
 class Documents(NamedTuple):
@@ -30,23 +30,23 @@ class Documents(NamedTuple):
 
 
 def query_extent(
-    past_key_values: Cache | None, query_length: int, device: torch.device, is_causal: bool = True
+    cache: Cache | None, query_length: int, device: torch.device, is_causal: bool = True
 ) -> tuple[int | torch.Tensor, int]:
     """Index of the first query among the keys (a 0-dim tensor for a static cache in use), and N.
 
     Raises:
         ValueError: for a bidirectional model with a cache that holds room for later tokens, which it would see.
     """
-    if past_key_values is None:
+    if cache is None:
         return 0, query_length
-    offset = past_key_values.get_seq_length()
+    offset = cache.get_seq_length()
     if isinstance(offset, torch.Tensor):
         offset = offset.to(device) + 0  # a copy: the first layer's update moves the cache's own tensor on
-    key_length = past_key_values.get_mask_sizes(query_length, 0)[0]
+    key_length = cache.get_mask_sizes(query_length, 0)[0]
     if not is_causal and (isinstance(offset, torch.Tensor) or key_length != offset + query_length):
         raise ValueError(
-            "`past_key_values` of a bidirectional model must hold nothing but its tokens, got "
-            f"{type(past_key_values).__name__} with room for {key_length}."
+            "`cache` of a bidirectional model must hold nothing but its tokens, got "
+            f"{type(cache).__name__} with room for {key_length}."
         )
     return offset, key_length
 
@@ -110,7 +110,7 @@ def find_pairs(
     if key_length != query_length:
         raise ValueError(
             "`attention_mask` of pairs must come with the whole text in one forward, without a filled or static "
-            f"`past_key_values`, got {query_length} of {key_length} tokens."
+            f"`cache`, got {query_length} of {key_length} tokens."
         )
     shape, wanted = tuple(attention_mask.shape), (1, query_length, query_length)
     if shape[0] not in (1, batch_size) or shape[1:] != wanted:

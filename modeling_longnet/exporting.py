@@ -11,11 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from torch import nn
-from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.models.auto import modeling_auto
 
 from .model_card import make_model_card
 from .patching import _unwrap, is_patched
+from .transformers_compat import auto_class_of, code_files, has_own_adapter
 
 
 MODELING_FILE = "modeling_dilated"
@@ -28,42 +27,23 @@ CODE = '''"""{name} with dilated attention, as `config.dilated_attention` descri
 
 import transformers
 
-from .patched_attention import ORIGINALS
-from .patching import patch_model
+from .patching import patch_as_configured, unpatched_attention_of
+from .transformers_compat import MadeOtherwise
 
 
-class {name}(transformers.{name}):
-    """Patched whenever it is made with a configuration that says so."""
+class {name}(MadeOtherwise, transformers.{name}):
+    """Patched whenever it is made, as its configuration says."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        patch_model(loaded[0] if isinstance(loaded, tuple) else loaded, **cls._settings(loaded))
-        return loaded
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        if config._attn_implementation in ORIGINALS:  # the configuration of a model that is patched already
-            kwargs.setdefault("attn_implementation", ORIGINALS[config._attn_implementation])
-        model = super()._from_config(config, **kwargs)
-        return patch_model(model, **cls._settings(model))
-
-    @staticmethod
-    def _settings(loaded):
-        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
-        settings = getattr(config, "dilated_attention", None)
-        if settings is None:
-            raise ValueError("`config` has no `dilated_attention`: this code is for exported patched models only.")
-        return settings
+    change = staticmethod(patch_as_configured)
+    original_attention = staticmethod(unpatched_attention_of)
 '''
 
 
 def _auto_class_of(model: nn.Module) -> str:
     """The Auto class that makes models of this class, which has to be one of Transformers' own."""
-    for name in AUTO_CLASSES:
-        mapping = getattr(modeling_auto, name)._model_mapping
-        if type(model.config) in mapping and mapping[type(model.config)] is type(model):
-            return name
+    name = auto_class_of(model, AUTO_CLASSES)
+    if name is not None:
+        return name
     raise ValueError(
         f"`model` must be of a class that an Auto class of Transformers makes, got {type(model).__name__} of "
         f"{type(model).__module__}."
@@ -98,7 +78,7 @@ def export_patched_model(
         ValueError: a model that is not patched, has an adapter, or is not of one of Transformers' own classes.
     """
     base, folder = _unwrap(model), Path(folder)
-    if base is not model or getattr(base, "_hf_peft_config_loaded", False):
+    if base is not model or has_own_adapter(base):
         raise ValueError("`model` has an adapter: merge it first (`model = model.merge_and_unload()`).")
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched: call `patch_model` first.")
@@ -108,7 +88,7 @@ def export_patched_model(
     base.save_pretrained(folder, **kwargs)
     if not is_export:
         patching = Path(__file__).parent / "patching.py"
-        for file in [patching, *map(Path, get_relative_import_files(patching))]:
+        for file in [patching, *map(Path, code_files(patching))]:
             (folder / file.name).write_bytes(file.read_bytes())
         (folder / f"{MODELING_FILE}.py").write_text(CODE.format(name=type(base).__name__))
         # Last: an export that was interrupted has no entry for code that may be missing.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
-from transformers.utils import PushToHubMixin
 
 from .dilation_schedule import DilationSchedule
+from .transformers_compat import brings_its_code, upload
 
 
 TAGS = ("longnet", "dilated-attention")
@@ -190,18 +190,18 @@ def make_model_card(
 
 
 def upload_with_card(self: PreTrainedModel, working_dir, repo_id: str, *args, **kwargs):
-    """In place of a model's `_upload_modified_files`: a push writes our card where Transformers had only its template.
+    """In place of what `push_to_hub` does last: a push writes our card where Transformers had only its template.
 
     A card that somebody wrote, or that lies in the repository already, is left as it is but for the tags.
     """
     path = Path(working_dir) / "README.md"
     if path.is_file() and AUTOMATIC_CARD in path.read_text(encoding="utf-8"):
         tags = ModelCard.load(path).data.tags or []
-        exported = getattr(type(self), "_auto_class", None) is not None
+        exported = brings_its_code(self)
         card = make_model_card(self, repo_id, loads_patched=exported)
         card.data.tags += [tag for tag in tags if tag not in card.data.tags]
         card.save(path)
-    return PushToHubMixin._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
+    return upload(self, working_dir, repo_id, *args, **kwargs)
 
 
 __all__ = ["draw_schedule", "make_model_card"]

@@ -24,7 +24,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -35,15 +34,25 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import capture_outputs
 
 from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, prepare_dilated_cache
 from .document_ids import Documents, find_documents, find_pairs, holds_pairs, query_extent, reorder, restore_order
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
+from .transformers_compat import (
+    CACHE,
+    CACHE_NAMES,
+    CheckedGenerationMixin,
+    accept_cache,
+    attention_of,
+    capture_outputs,
+    is_initialized_from_checkpoint,
+    is_tracing,
+    merge_with_config_defaults,
+    named_cache,
+    refuse_unread,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -52,16 +61,16 @@ logger = logging.get_logger(__name__)
 def read_documents(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     batch_size: int,
     query_length: int,
     device: torch.device,
     is_causal: bool = True,
 ) -> tuple[int | torch.Tensor, Documents]:
     """Index of the first query among the keys that the attention will be given, and the documents of those keys."""
-    if isinstance(past_key_values, DilatedCache):
-        return 0, past_key_values.read_documents(attention_mask, position_ids, batch_size, query_length, device)
-    query_offset, key_length = query_extent(past_key_values, query_length, device, is_causal)
+    if isinstance(cache, DilatedCache):
+        return 0, cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
+    query_offset, key_length = query_extent(cache, query_length, device, is_causal)
     extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
     if holds_pairs(attention_mask):
         return query_offset, find_pairs(attention_mask, position_ids, **extent)
@@ -108,12 +117,13 @@ class LongNetAttention(nn.Module):
             self.inner_attn_ln = nn.LayerNorm(query_width, eps=config.layer_norm_eps)
         mark_magneto_gains(config, {self.q_proj: False, self.k_proj: False, self.v_proj: True, self.o_proj: True})
 
+    @accept_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, ...] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         token_order: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -128,20 +138,20 @@ class LongNetAttention(nn.Module):
 
         if position_embeddings is not None:
             query_states, key_states = self.apply_positions(query_states, key_states, *position_embeddings)
-        is_bounded = isinstance(past_key_values, DilatedCache)
-        if past_key_values is not None and not is_bounded:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        is_bounded = isinstance(cache, DilatedCache)
+        if cache is not None and not is_bounded:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
         is_whole = query_states.shape[2] == key_states.shape[2]
         if token_order is not None:
             key_states, value_states = (reorder(x, token_order, dim=2) for x in (key_states, value_states))
             query_states = reorder(query_states, token_order, dim=2) if is_whole else query_states
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            attention_of(self.config), eager_attention_forward
         )
         # CODEPATH: a bounded cache keeps only the rows that its own attention can still reach.
         if is_bounded:
-            attention_interface = past_key_values.attention_forward
+            attention_interface = cache.attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -198,11 +208,12 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
             update = update * (kept / (1 - self.drop_path_rate)).to(update.dtype)
         return residual + update
 
+    @accept_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -210,7 +221,7 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
         attn_output, _ = self.self_attn(
             hidden_states=self.self_attn_layer_norm(hidden_states),
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_embeddings=position_embeddings,
             **kwargs,
         )
@@ -224,7 +235,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongNetDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = False
@@ -258,7 +269,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
         # CODEPATH: with the factor sqrt(hidden_size) this gives token vectors of unit variance, as in torchscale.
         if self.config.scale_embedding and isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.hidden_size**-0.5)
-            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+            if module.padding_idx is not None and not is_initialized_from_checkpoint(module.weight):
                 init.zeros_(module.weight[module.padding_idx])
 
 
@@ -308,12 +319,13 @@ class LongNetModel(LongNetPreTrainedModel):
             )
 
     def refuse_what_would_be_lost(
-        self, past_key_values: Cache | None, position_ids: torch.Tensor | None, kwargs: dict
+        self, cache: Cache | None, position_ids: torch.Tensor | None, kwargs: dict
     ) -> None:
-        """Raises a ValueError for a cache that checkpointed layers do not get, and for packing that is told in vain."""
-        if past_key_values is not None and self.gradient_checkpointing and self.training:
+        """Raises a ValueError for a cache that checkpointed layers do not get, and for what is told in vain."""
+        refuse_unread(type(self).__name__, kwargs)
+        if cache is not None and self.gradient_checkpointing and self.training:
             raise ValueError(
-                "`past_key_values` cannot be used in training with gradient checkpointing, which sets caches aside."
+                "`cache` cannot be used in training with gradient checkpointing, which sets caches aside."
             )
         told = [name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None]
         if told and position_ids is None:
@@ -337,6 +349,7 @@ class LongNetModel(LongNetPreTrainedModel):
             return hidden_states, self.rotary_emb(hidden_states, position_ids=position_ids)
         return hidden_states, None
 
+    @accept_cache
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -345,11 +358,16 @@ class LongNetModel(LongNetPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        r"""
+        cache (`Cache`, *optional*):
+            Keys and values of earlier tokens, whose documents and places `attention_mask` and `position_ids` go on
+            from: any cache of Transformers, or a [`DilatedCache`] of constant size. `past_key_values` is its older name.
+        """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -359,14 +377,14 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError(
                 f"`{name}` must be a batch of rows with at least one token each, got shape {tuple(given.shape)}."
             )
-        self.refuse_what_would_be_lost(past_key_values, position_ids, kwargs)
+        self.refuse_what_would_be_lost(cache, position_ids, kwargs)
         # CODEPATH: encoders have no cache of their own.
-        if use_cache and past_key_values is None and self.config.is_causal:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and self.config.is_causal:
+            cache = DynamicCache(config=self.config)
 
         (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
         query_offset, documents = read_documents(
-            attention_mask, position_ids, past_key_values, batch_size, query_length, device, self.config.is_causal
+            attention_mask, position_ids, cache, batch_size, query_length, device, self.config.is_causal
         )
         if position_ids is None:
             position_ids = documents.positions
@@ -381,19 +399,19 @@ class LongNetModel(LongNetPreTrainedModel):
                 token_order=documents.order,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 query_offset=query_offset,
+                **named_cache(cache),  # checkpointed layers set it aside by its name
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **named_cache(cache),
         )
 
 
 @auto_docstring
-class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
+class LongNetForCausalLM(LongNetPreTrainedModel, CheckedGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -412,32 +430,28 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         # Initialize weights and apply final processing
         self.post_init()
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+    def prepare_own_cache(self, generation_config, model_kwargs: dict, max_cache_length: int) -> bool:
         """`generate` runs in memory that does not grow with the text; `cache_implementation="dynamic"` keeps it all."""
-        if not prepare_dilated_cache(self, generation_config, model_kwargs, max_cache_length):
-            super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
+        return prepare_dilated_cache(self, generation_config, model_kwargs, max_cache_length)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: continuous batching lays keys out in pages that only dense attention functions can read."""
         raise ValueError("LongNet cannot run under continuous batching (`generate_batch`), use `generate`.")
 
     @staticmethod
+    @accept_cache
     def create_masks_for_generate(
         config: LongNetConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | None:
         """An `attention_mask` for `forward`: document ids of the keys [B, 1, 1, N], or [B, 1, 2, N] with an order."""
         (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
         _, documents = read_documents(
-            attention_mask, position_ids, past_key_values, batch_size, query_length, device
+            attention_mask, position_ids, cache, batch_size, query_length, device
         )
         if documents.order is None:
             return None if documents.ids is None else documents.ids[:, None, None]
@@ -445,6 +459,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             return attention_mask
         return torch.stack([documents.ids, documents.order], dim=1)[:, None]
 
+    @accept_cache
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -452,7 +467,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -460,6 +475,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
+        cache (`Cache`, *optional*):
+            Keys and values of earlier tokens, whose documents and places `attention_mask` and `position_ids` go on
+            from: any cache of Transformers, or a [`DilatedCache`] of constant size. `past_key_values` is its older name.
+
         Example:
 
         ```python
@@ -474,7 +493,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -489,7 +508,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **named_cache(outputs[CACHE] if CACHE in outputs else None),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -24,12 +24,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .document_ids import reorder, restore_order
 from .modeling_longnet import LongNetAttention, LongNetDecoderLayer, LongNetPreTrainedModel
+from .transformers_compat import capture_outputs, is_tracing, refuse_unread
 
 
 @auto_docstring(custom_intro="What a slide encoder returns.")
@@ -255,6 +254,7 @@ class LongNetSlideEncoderModel(LongNetSlideEncoderPreTrainedModel):
         >>> model(tiles, coords).pooler_output.shape
         torch.Size([1, 768])
         ```"""
+        refuse_unread(type(self).__name__, kwargs)
         self.check_inputs(tile_embeds, coords, attention_mask)
         if attention_mask is None:
             return self.encode(tile_embeds, coords, None, **kwargs)

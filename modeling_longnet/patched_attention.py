@@ -24,13 +24,18 @@ from functools import cache
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .dilated_attention import dilated_attention
 from .dilated_cache_layer import DilatedLayer
 from .document_ids import check_position_ids
+from .transformers_compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    attention_of,
+    causal_mask_function,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -181,7 +186,7 @@ def dilated_mask(
             that a model adds to.
     """
     if local_size is not None:
-        original = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINALS[config._attn_implementation]]
+        original = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINALS[attention_of(config)]]
         return original(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             local_size=local_size, use_vmap=use_vmap, device=device, config=config, **kwargs,
@@ -248,7 +253,7 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
         return Layout(torch.where(given, ids, begins.cumsum(1)), offset, True)
     if bool(mask[:, 0, 3].any()):
         raise ValueError(
-            "`past_key_values` holds earlier tokens, and this forward goes on without them: gradient checkpointing "
+            "`cache` holds earlier tokens, and this forward goes on without them: gradient checkpointing "
             "sets caches aside. Call `model.eval()` or `model.gradient_checkpointing_disable()`."
         )
     at = None if int(offset) == length - query_length else int(offset)
@@ -372,7 +377,7 @@ def run_bounded(
     if layer.layer_idx != module.layer_idx:
         raise ValueError(
             f"layer {module.layer_idx} reads the keys of layer {layer.layer_idx}, which a bounded cache cannot share: "
-            "pass `past_key_values=DynamicCache(config=model.config)`."
+            "pass `cache=DynamicCache(config=model.config)`."
         )
     ids = None
     if layer.is_first:

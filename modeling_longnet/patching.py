@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .adapter_files import SETTINGS_NAME, record_in_adapters, write_settings
 from .dilated_cache import prepare_dilated_cache
@@ -28,6 +28,17 @@ from .model_card import TAGS, upload_with_card
 from .patch_report import PatchReport, make_report
 from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK, AttentionCall, probing
 from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
+from .transformers_compat import (
+    GENERATION_ATTRIBUTES,
+    SUPPORTS_FLASH_ATTENTION,
+    UPLOAD,
+    attention_of,
+    find_file,
+    forbid_flash_attention,
+    has_own_adapter,
+    passes_through_interface,
+    set_instance_generation,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -37,8 +48,8 @@ SETTINGS = (
     "rope_scaling",
 )  # fmt: skip
 INSTANCE_ATTRIBUTES = (
-    "_undo_dilated_attention", "_supports_flash_attn", "save_pretrained", "_prepare_cache_for_generation",
-    "_upload_modified_files", "set_attn_implementation", "dilated_attention_report",
+    "_undo_dilated_attention", "save_pretrained", "set_attn_implementation", "dilated_attention_report",
+    SUPPORTS_FLASH_ATTENTION, UPLOAD, *GENERATION_ATTRIBUTES,
 )  # fmt: skip
 DEQUANTIZE_ADVICE = (
     "Transformers cannot write this quantized model. Save a plain copy of it first (for GGUF: "
@@ -63,7 +74,7 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the model runs dilated attention by a patch."""
-    return _unwrap(model).config._attn_implementation.startswith("dilated")
+    return attention_of(_unwrap(model).config).startswith("dilated")
 
 
 def _refuse_model(model: PreTrainedModel) -> None:
@@ -77,14 +88,14 @@ def _refuse_model(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder-decoder; only decoders can be patched.")
     if config.get_text_config() is not config:
         raise ValueError(f"{name} has several parts; patch its language model, for instance `model.language_model`.")
-    if not model._can_set_attn_implementation():
+    if not passes_through_interface(model):
         raise ValueError(
             f"{name} ({config.model_type}) does not run its attention through Transformers' AttentionInterface, so it "
             "cannot be patched; it was left as it is."
         )
-    if config._attn_implementation not in IMPLEMENTATIONS:
+    if attention_of(config) not in IMPLEMENTATIONS:
         raise ValueError(
-            f"{name} runs the attention {config._attn_implementation!r}; a patch goes over one of "
+            f"{name} runs the attention {attention_of(config)!r}; a patch goes over one of "
             f"{', '.join(map(repr, IMPLEMENTATIONS))}. Call `model.set_attn_implementation('sdpa')` first."
         )
 
@@ -172,14 +183,13 @@ def _mark_scaled(modules: list[nn.Module]) -> list[Callable[[], None]]:
 
 def _set_instance_attributes(model: PreTrainedModel) -> None:
     """What a patched model does otherwise than its class; `unpatch_model` takes it away, by INSTANCE_ATTRIBUTES."""
-    # Continuous batching would otherwise switch to dense flash attention with no more than a warning.
-    model._supports_flash_attn = False
+    forbid_flash_attention(model)
     # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
     model.save_pretrained = functools.partial(_save_pretrained, model)
     model.set_attn_implementation = functools.partial(_set_attn_implementation, model)
-    model._upload_modified_files = functools.partial(upload_with_card, model)
+    setattr(model, UPLOAD, functools.partial(upload_with_card, model))
     if isinstance(model, GenerationMixin):
-        model._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, model)
+        set_instance_generation(model, prepare_dilated_cache)
 
 
 def patch_model(
@@ -222,7 +232,7 @@ def patch_model(
     )
     base = _unwrap(model)
     _refuse_model(base)
-    original = base.config._attn_implementation
+    original = attention_of(base.config)
     base.set_attn_implementation(IMPLEMENTATIONS[original])
     undo = []
     try:
@@ -266,7 +276,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     base = _unwrap(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched.")
-    original = ORIGINALS.get(base.config._attn_implementation)
+    original = ORIGINALS.get(attention_of(base.config))
     if original is None:
         raise ValueError(
             f"{type(base).__name__} was patched by code that came with it from the Hub: load it without "
@@ -289,7 +299,7 @@ def report(model: nn.Module) -> PatchReport:
 
 def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
     """`save_pretrained` of a patched model: records the patch beside an adapter too, and says what cannot be saved."""
-    adapter = getattr(self, "_hf_peft_config_loaded", False)
+    adapter = has_own_adapter(self)
     quantizer = getattr(self, "hf_quantizer", None)
     if quantizer is not None and not adapter and not quantizer.is_serializable():
         raise ValueError(DEQUANTIZE_ADVICE)
@@ -312,14 +322,17 @@ def _set_attn_implementation(self: PreTrainedModel, attn_implementation: str | d
     type(self).set_attn_implementation(self, attn_implementation, *args, **kwargs)
 
 
-def _prepare_cache_for_generation(
-    self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
-) -> None:
-    """`generate` runs in memory that does not grow with the text; `cache_implementation="dynamic"` keeps it all."""
-    if not prepare_dilated_cache(self, generation_config, model_kwargs, max_cache_length):
-        type(self)._prepare_cache_for_generation(
-            self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+def unpatched_attention_of(config) -> str | None:
+    """The attention of which a patched model's configuration tells that it was patched over, or None."""
+    return ORIGINALS.get(attention_of(config))
+
+
+def patch_as_configured(model: PreTrainedModel) -> PreTrainedModel:
+    """Patch a model by the settings in its own configuration: what exported models do when they are made."""
+    settings = getattr(model.config, "dilated_attention", None)
+    if settings is None:
+        raise ValueError("`config` has no `dilated_attention`: this code is for exported patched models only.")
+    return patch_model(model, **settings)
 
 
 def _check_settings(settings: object, source: str) -> dict:
@@ -349,7 +362,7 @@ def load_patched_model(
         ValueError: if nothing there tells of a patch.
     """
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
-    find = functools.partial(cached_file, str(path_or_repo), _raise_exceptions_for_missing_entries=False, **hub)
+    find = functools.partial(find_file, str(path_or_repo), **hub)
     adapter_config = find("adapter_config.json")
     if adapter_config is None:
         model = auto_class.from_pretrained(path_or_repo, **kwargs)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .configuration_longnet import LongNetConfig
+from .transformers_compat import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 
 class LongNetRotaryEmbedding(nn.Module):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from .dilation_schedule import DilationSchedule
+from .transformers_compat import ROPE_INIT_FUNCTIONS
 
 
 logger = logging.get_logger(__name__)

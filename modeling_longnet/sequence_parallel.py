@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .attention_kernels import get_kernel
@@ -34,6 +33,7 @@ from .dilated_attention import dilated_attention
 from .dilation_schedule import DilationSchedule
 from .sequence_exchange import Exchange, Heads, plan_exchange, sharded_attention
 from .sequence_shards import SHARD, Place, Shard, ShardingCollator, locate_longnet, locate_patched
+from .transformers_compat import CACHE_NAMES, attention_of, causal_lm_class_names
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +46,8 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class ShardedForward:
     """One forward of a slice: it travels to the attention modules as an argument, so that a recomputation (gradient
     checkpointing) finds the place of its own batch, in whatever order forwards and backwards follow each other."""
+
+    is_read_by_hooks = True  # so that models pass it on
 
     def __init__(self, place: Place, shard: Shard, group: dist.ProcessGroup | None):
         self.place, self.shard, self.group = place, shard, group
@@ -99,7 +101,7 @@ def _base_model(model: nn.Module) -> nn.Module:
 def _loss_type(model: nn.Module) -> str | None:
     """The library's name of a model's loss; classes whose name does not tell (GPT2LMHeadModel) fall back to causal."""
     loss_type = getattr(model, "loss_type", None)
-    is_causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    is_causal = type(model).__name__ in causal_lm_class_names().values()
     return "ForCausalLM" if loss_type is None and is_causal else loss_type
 
 
@@ -117,7 +119,7 @@ def _model_problem(model: nn.Module, outer: nn.Module) -> str | None:
     if not _is_longnet(config) and len(settings["layers"]) < config.num_hidden_layers:
         left = sorted(set(range(config.num_hidden_layers)) - set(settings["layers"]))
         return f"its layers {left} are not patched, and would see their own slice only"
-    if (config._attn_implementation if settings is None else settings["backend"]) == "eager":
+    if (attention_of(config) if settings is None else settings["backend"]) == "eager":
         return "eager attention does not run across ranks: use the kernels of attn_implementation='sdpa'"
     for setting in ("attention_dropout", "attn_pdrop", "drop_path_rate"):
         if getattr(config, setting, 0):
@@ -348,8 +350,8 @@ class SequenceParallel:
         }
 
     def _check_call(self, loss_type: str | None, shard: Shard, tokens: torch.Tensor, kwargs: dict) -> None:
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("`past_key_values` does not work in a sharded forward: generate under `sp.disabled()`.")
+        if any(kwargs.get(name) is not None for name in CACHE_NAMES):
+            raise ValueError("`cache` does not work in a sharded forward: generate under `sp.disabled()`.")
         if tokens.shape[:2] != (shard.batch, shard.slice_length) or shard.size != self.size:
             raise ValueError(
                 f"the batch was cut for {(shard.batch, shard.slice_length)} tokens on {shard.size} ranks, got "

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from accelerate import data_loader
 from accelerate.scheduler import AcceleratedScheduler
 
+from .transformers_compat import shifts_labels
+
 
 def _shared_seed(sp: Any, seed: int | None) -> int:
     """One seed for all processes: with one data-parallel rank Accelerate does not synchronise the random order."""
@@ -96,7 +98,7 @@ def attach(sp: Any, trainer: Any) -> Any:
     if sp.accelerator is None:
         sp.accelerator = trainer.accelerator
     sp.add_hooks(trainer.model)
-    shifts = trainer._loss_shifts_labels
+    shifts = shifts_labels(trainer)
     trainer.data_collator = sp.collator(trainer.data_collator, shift_labels=shifts)
     accelerator = trainer.accelerator
     accelerator.prepare_data_loader = functools.partial(_prepare_trainer_loader, sp, accelerator.prepare_data_loader)

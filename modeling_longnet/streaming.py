@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .dilated_cache import DilatedCache
 from .dilated_cache_file import load_cache, save_cache
+from .transformers_compat import named_cache
 
 
 FIRST_BUCKET = 1024  # tokens; each bucket of positions after it is as long as all before it
@@ -87,7 +88,7 @@ class TextStream:
         self.model.eval()
         try:
             with torch.no_grad():
-                logits = self.model(input_ids=chunk[None], past_key_values=self.cache, use_cache=True).logits[0]
+                logits = self.model(input_ids=chunk[None], use_cache=True, **named_cache(self.cache)).logits[0]
         finally:
             self.model.train(training)
         self.position += len(chunk)

@@ -31,6 +31,7 @@ from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.patching import patch_model
 from modeling_longnet.sequence_exchange import Heads, SequenceLayout, plan_exchange, sharded_attention
 from modeling_longnet.sequence_parallel import SequenceParallel
+from modeling_longnet.transformers_compat import named_cache
 
 
 VOCABULARY = 61
@@ -401,7 +402,7 @@ def check_guards() -> dict:
         )), "between the tokens"),
         "not shifted": _raises(
             lambda: model(**sp.collator(lambda x: x, shift_labels=False)(batch)), "`shift_labels` of"),
-        "cache": _raises(lambda: model(**shard, past_key_values=DynamicCache()), "generate under"),
+        "cache": _raises(lambda: model(**shard, **named_cache(DynamicCache())), "generate under"),
         "size": _raises(lambda: SequenceParallel(None, size + 1), "divide the number of processes"),
     }  # fmt: skip
     with torch.no_grad():

@@ -26,6 +26,7 @@ from modeling_longnet.dilated_cache_layer import Clock, DilatedLayer
 from modeling_longnet.dilated_cache_layout import SlotLayout
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.patching import patch_model, unpatch_model
+from modeling_longnet.transformers_compat import CACHE, named_cache
 
 
 WIDTH = 4
@@ -163,7 +164,7 @@ def tokens(batch: int = 2, length: int = 80) -> torch.Tensor:
 @torch.no_grad()
 def read(model, text, sizes, cache=None):
     cache = DilatedCache(model.config) if cache is None else cache
-    return torch.cat([model(part, past_key_values=cache).logits for part in text.split(sizes, 1)], 1)
+    return torch.cat([model(part, **named_cache(cache)).logits for part in text.split(sizes, 1)], 1)
 
 
 @torch.no_grad()
@@ -183,7 +184,7 @@ def test_generate_gives_the_tokens_of_the_plain_cache(model, options):
     common = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
     bounded = model.generate(text, **common, **options)
     plain = model.generate(text, cache_implementation="dynamic", **common, **options)
-    assert type(bounded.past_key_values) is DilatedCache and type(plain.past_key_values) is DynamicCache
+    assert type(bounded[CACHE]) is DilatedCache and type(plain[CACHE]) is DynamicCache
     assert torch.equal(bounded.sequences, plain.sequences)
 
 
@@ -203,10 +204,10 @@ def test_right_padding_invariance():
     mask = (padded > 0).long()
     alone = model.generate(text, max_new_tokens=2, do_sample=False)
     cache = DilatedCache(model.config)
-    new = model(padded, attention_mask=mask, past_key_values=cache).logits[:, 24].argmax(-1)
+    new = model(padded, attention_mask=mask, **named_cache(cache)).logits[:, 24].argmax(-1)
     assert new == alone[0, 25]
     more = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], 1)
-    after = model(new[None], attention_mask=more, past_key_values=cache).logits[:, -1].argmax(-1)
+    after = model(new[None], attention_mask=more, **named_cache(cache)).logits[:, -1].argmax(-1)
     assert after == alone[0, 26]
 
 
@@ -233,16 +234,16 @@ def test_a_returned_cache_goes_on(model):
     text = tokens(1, 20)
     once = model.generate(text, max_new_tokens=60, do_sample=False)
     first = model.generate(text, max_new_tokens=7, do_sample=False, return_dict_in_generate=True)
-    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=53, do_sample=False)
+    second = model.generate(first.sequences, **named_cache(first[CACHE]), max_new_tokens=53, do_sample=False)
     assert torch.equal(second, once)
 
 
 def test_a_cache_that_went_on_is_that_of_one_run():
     model, text, options = longnet(), tokens(2, 7), {"do_sample": False, "return_dict_in_generate": True}
-    once = model.generate(text, max_new_tokens=4, **options).past_key_values
+    once = model.generate(text, max_new_tokens=4, **options)[CACHE]
     first = model.generate(text, max_new_tokens=3, **options)
-    model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=1, **options)
-    for layer, expected in zip(first.past_key_values.layers, once.layers, strict=True):
+    model.generate(first.sequences, **named_cache(first[CACHE]), max_new_tokens=1, **options)
+    for layer, expected in zip(first[CACHE].layers, once.layers, strict=True):
         torch.testing.assert_close(layer.keys, expected.keys, atol=1e-6, rtol=0)
         torch.testing.assert_close(layer.values, expected.values, atol=1e-6, rtol=0)
 
@@ -250,7 +251,7 @@ def test_a_cache_that_went_on_is_that_of_one_run():
 def test_only_a_cache_that_cannot_grow_is_compiled_unasked():
     """As with Transformers' own default: `generate` makes a dynamic cache, and leaves those as they are."""
     model = longnet()
-    made = model.generate(tokens(1, 7), max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    made = model.generate(tokens(1, 7), max_new_tokens=3, return_dict_in_generate=True)[CACHE]
     assert isinstance(made, DilatedCache) and isinstance(made, DynamicCache) and not made.is_compileable
     assert DilatedCache(model.config).is_compileable
 
@@ -325,7 +326,7 @@ def test_a_short_generation_takes_only_what_it_needs():
     model = longnet(segment_lengths=[64, 256], dilation_rates=[1, 2])
     whole = DilatedCache(model.config)
     read(model, tokens(1, 4), 4, whole)
-    short = model.generate(tokens(1, 4), max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    short = model.generate(tokens(1, 4), max_new_tokens=3, return_dict_in_generate=True)[CACHE]
     assert 0 < short.memory_footprint() < whole.memory_footprint()
 
 
@@ -354,8 +355,8 @@ def test_compiles_to_one_graph(size):
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
     cache = DilatedCache(model.config)
-    outs = [model(text[:, :1], past_key_values=cache).logits]
-    outs += [compiled(input_ids=part, past_key_values=cache).logits for part in text[:, 1:].split(size, 1)]
+    outs = [model(text[:, :1], **named_cache(cache)).logits]
+    outs += [compiled(input_ids=part, **named_cache(cache)).logits for part in text[:, 1:].split(size, 1)]
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
     assert len(graphs) == 1 and cache.get_seq_length() == 73
 
@@ -367,8 +368,8 @@ def test_patched_decoding_compiles_to_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
     cache = DilatedCache(model.config)
-    outs = [model(text[:, :9], past_key_values=cache).logits]
-    outs += [compiled(input_ids=part, past_key_values=cache).logits for part in text[:, 9:].split(1, 1)]
+    outs = [model(text[:, :9], **named_cache(cache)).logits]
+    outs += [compiled(input_ids=part, **named_cache(cache)).logits for part in text[:, 9:].split(1, 1)]
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
 
 
@@ -393,7 +394,7 @@ def test_attention_weights_of_all_keys_come_from_the_plain_cache():
     model = longnet()
     model.set_attn_implementation("eager")
     out = model.generate(tokens(1, 20), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
-    assert type(out.past_key_values) is DynamicCache and out.attentions[-1][0].shape == (1, 4, 1, 21)
+    assert type(out[CACHE]) is DynamicCache and out.attentions[-1][0].shape == (1, 4, 1, 21)
 
 
 def test_attention_weights_that_a_bounded_cache_cannot_give_are_warned_of(monkeypatch):
@@ -401,7 +402,7 @@ def test_attention_weights_that_a_bounded_cache_cannot_give_are_warned_of(monkey
     monkeypatch.setattr("modeling_longnet.dilated_cache.logger.warning_once", said.append)
     model = longnet()
     model.set_attn_implementation("eager")
-    out = model(tokens(1, 9), past_key_values=DilatedCache(model.config), output_attentions=True)
+    out = model(tokens(1, 9), **named_cache(DilatedCache(model.config)), output_attentions=True)
     assert out.attentions == () and "output_attentions" in said[0] and "DynamicCache" in said[0]
 
 
@@ -409,7 +410,7 @@ def test_unpatched_models_get_their_own_cache_back():
     model = MODELS["llama"]()
     unpatch_model(model)
     out = model.generate(tokens(1, 5), max_new_tokens=2, return_dict_in_generate=True)
-    assert type(out.past_key_values) is DynamicCache
+    assert type(out[CACHE]) is DynamicCache
 
 
 @torch.no_grad()
@@ -424,13 +425,13 @@ def test_refusals():
     cache = DilatedCache(model.config)
     read(model, text, 80, cache)
     with pytest.raises(ValueError, match="holds 2 rows, got a batch of 1"):
-        model(text[:1], past_key_values=cache)
+        model(text[:1], **named_cache(cache))
     cache.reset()
     read(model, text, 80, cache)
     with pytest.raises(ValueError, match="`position_ids` must go on"):
-        model(text[:, :3], position_ids=torch.arange(3)[None], past_key_values=cache)
+        model(text[:, :3], position_ids=torch.arange(3)[None], **named_cache(cache))
     with pytest.raises(ValueError, match="`position_ids`"):
-        model(text[:, :3], position_ids=torch.tensor([[0, 0, 1]]), past_key_values=DilatedCache(model.config))
+        model(text[:, :3], position_ids=torch.tensor([[0, 0, 1]]), **named_cache(DilatedCache(model.config)))
 
 
 both_models = pytest.mark.parametrize("make", [lambda: longnet(), lambda: MODELS["llama"]()], ids=["longnet", "llama"])
@@ -443,16 +444,16 @@ def test_a_mask_tells_of_earlier_tokens_what_was_told_when_they_came(make):
     model, text, mask = make(), tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[0, :6] = 0
     cache = DilatedCache(model.config)
-    model(text[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    model(text[:, :20], attention_mask=mask[:, :20], **named_cache(cache))
     for hidden in (slice(14, 19), slice(0, 7), slice(0, 5)):
         other = torch.ones_like(mask)
         other[0, hidden] = 0
         with pytest.raises(ValueError, match="`attention_mask` has"):
-            model(text[:, 20:], attention_mask=other, past_key_values=cache)
+            model(text[:, 20:], attention_mask=other, **named_cache(cache))
     for width in (19, 39, 41):
         with pytest.raises(ValueError, match="`attention_mask` must have shape"):
-            model(text[:, 20:], attention_mask=torch.ones(2, width), past_key_values=cache)
-    found = model(text[:, 20:], attention_mask=mask, past_key_values=cache).logits
+            model(text[:, 20:], attention_mask=torch.ones(2, width), **named_cache(cache))
+    found = model(text[:, 20:], attention_mask=mask, **named_cache(cache)).logits
     torch.testing.assert_close(found[:1], model(text[:1, 6:]).logits[:, 14:], atol=1e-5, rtol=0)
     torch.testing.assert_close(found[1:], model(text[1:]).logits[:, 20:], atol=1e-5, rtol=0)
 
@@ -462,13 +463,13 @@ def test_an_aborted_forward_of_a_hybrid_is_noticed():
     """The layers before the one that failed, which a patch has left alone, have kept the tokens by then."""
     model, text = MODELS["gemma3-hybrid"](), tokens(1, 30)
     cache = DilatedCache(model.config)
-    first = model(text, past_key_values=cache).logits
+    first = model(text, **named_cache(cache)).logits
     hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        model(text[:, :3], past_key_values=cache)
+        model(text[:, :3], **named_cache(cache))
     hook.remove()
     with pytest.raises(ValueError, match="did not end"):
-        model(text[:, :3], past_key_values=cache)
+        model(text[:, :3], **named_cache(cache))
     cache.reset()
     torch.testing.assert_close(read(model, text, [20, 10], cache), first, atol=1e-5, rtol=0)
 
@@ -483,7 +484,7 @@ def test_gradient_checkpointing_does_not_forget_a_filled_cache(make):
     model.train().gradient_checkpointing_enable()
     for cache in caches:
         with pytest.raises(ValueError, match="gradient checkpointing|for 10 keys"):
-            model(text[:, 20:], past_key_values=cache)
+            model(text[:, 20:], **named_cache(cache))
     with pytest.raises(ValueError, match="`generate` cannot use a cache"):
         model.generate(text, max_new_tokens=2)
     assert model.generate(text, max_new_tokens=2, use_cache=False).shape == (2, 32)
@@ -498,7 +499,7 @@ def test_a_cache_goes_on_in_its_dtype(make):
         read(model, text[:, :20], 20, cache)
     for size in (1, 5):
         with pytest.raises(ValueError, match="holds torch.bfloat16, got torch.float32"):
-            model(text[:, :size], past_key_values=cache)
+            model(text[:, :size], **named_cache(cache))
     with torch.autocast("cpu", torch.bfloat16):
         read(model, text[:, 20:], [1, 9], cache)
 
@@ -528,9 +529,9 @@ def test_drafting_with_the_first_layers_is_greedy_decoding(make):
 def test_a_model_that_ignores_the_cache_is_refused():
     model, text = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4)).eval(), tokens()
     cache = DilatedCache(tiny_config(num_hidden_layers=3))
-    model(text, past_key_values=cache)
+    model(text, **named_cache(cache))
     with pytest.raises(ValueError, match="does not read a DilatedCache"):
-        model(text[:, :1], past_key_values=cache)
+        model(text[:, :1], **named_cache(cache))
 
 
 @torch.no_grad()
@@ -541,9 +542,9 @@ def test_an_aborted_forward_is_noticed():
     last = model.model.layers[-1].self_attn
     hook = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        model(text[:, :5], past_key_values=cache)
+        model(text[:, :5], **named_cache(cache))
     hook.remove()
     with pytest.raises(ValueError, match="did not end"):
-        model(text[:, :5], past_key_values=cache)
+        model(text[:, :5], **named_cache(cache))
     cache.reset()
     read(model, text, 80, cache)

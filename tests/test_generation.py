@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
 from modeling_longnet import LongNetForCausalLM
+from modeling_longnet.transformers_compat import CACHE, named_cache
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -34,7 +35,7 @@ def run_in_chunks(model, input_ids, cache, chunks, attention_mask=None) -> torch
     for size in chunks:
         end = start + size
         mask = None if attention_mask is None else attention_mask[:, :end]
-        outputs = model(input_ids[:, start:end], past_key_values=cache, attention_mask=mask, use_cache=True)
+        outputs = model(input_ids[:, start:end], **named_cache(cache), attention_mask=mask, use_cache=True)
         logits.append(outputs.logits)
         start = end
     assert start == input_ids.shape[1]
@@ -115,7 +116,7 @@ def test_a_chat_goes_on_behind_the_padding_of_a_finished_answer(changes):
     mask[0, 23:31] = 0
     text, cache = torch.cat([prompt, answers, more], 1), DynamicCache(config=model.config)
     run_in_chunks(model, text[:, :30], cache, [20, *[1] * 10])
-    found = model.generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)[:, 36:]
+    found = model.generate(text, attention_mask=mask, **named_cache(cache), max_new_tokens=20, do_sample=False)[:, 36:]
     for row, kept in enumerate(mask.bool()):
         assert torch.equal(greedy(model, text[row, kept][None], 20)[0, -20:], found[row])
 
@@ -142,9 +143,9 @@ def test_decoding_goes_on_in_the_last_packed_document(model):
     positions = torch.cat([torch.arange(20), torch.arange(33)])[None]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.cat([first, second[:, :20]], 1), position_ids=positions[:, :40], past_key_values=cache)
+        model(torch.cat([first, second[:, :20]], 1), position_ids=positions[:, :40], **named_cache(cache))
         found = [
-            model(second[:, [i]], position_ids=torch.tensor([[i]]), past_key_values=cache).logits for i in range(20, 33)
+            model(second[:, [i]], position_ids=torch.tensor([[i]]), **named_cache(cache)).logits for i in range(20, 33)
         ]
         assert_close(torch.cat(found, 1), model(second).logits[:, 20:], **CLOSE)
 
@@ -214,7 +215,7 @@ def test_generation_continues_from_a_returned_cache(model):
     first = model.generate(
         input_ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True, cache_implementation="dynamic"
     )
-    again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False)
+    again = model.generate(first.sequences, **named_cache(first[CACHE]), max_new_tokens=10, do_sample=False)
     assert torch.equal(again, greedy(model, input_ids, 20))
 
 

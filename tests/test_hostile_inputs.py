@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.patching import load_patched_model, patch_model
+from modeling_longnet.transformers_compat import named_cache
 
 
 B, N = 2, 40
@@ -40,7 +41,7 @@ class Scene:
 
     def filled_cache(self, model=None) -> DilatedCache:
         cache = DilatedCache((model or self.model).config)
-        self.logits(self.ids, past_key_values=cache, model=model)
+        self.logits(self.ids, **named_cache(cache), model=model)
         return cache
 
     def same(self, found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -111,13 +112,13 @@ REFUSED = {
         RuntimeError, "nan", lambda s: (s.model.lm_head.weight.data.fill_(torch.nan), s.model.generate(
             s.ids, do_sample=True, max_new_tokens=2, pad_token_id=0))),
     "a cache of a model with another schedule": (
-        ValueError, "`past_key_values` was made for another model", lambda s: s.logits(
-            s.ids[:, :3], past_key_values=s.filled_cache(s.other(segment_lengths=[4, 16], dilation_rates=[1, 2])))),
+        ValueError, "`cache` was made for another model", lambda s: s.logits(
+            s.ids[:, :3], **named_cache(s.filled_cache(s.other(segment_lengths=[4, 16], dilation_rates=[1, 2]))))),
     "a cache of a deeper model": (
         ValueError, r"layers \[0, 1, 2\]",
-        lambda s: s.logits(s.ids, past_key_values=DilatedCache(s.other(num_hidden_layers=3).config))),
+        lambda s: s.logits(s.ids, **named_cache(DilatedCache(s.other(num_hidden_layers=3).config)))),
     "a cache of another batch": (
-        ValueError, "holds 2 rows", lambda s: s.logits(s.ids[:1, :3], past_key_values=s.filled_cache())),
+        ValueError, "holds 2 rows", lambda s: s.logits(s.ids[:1, :3], **named_cache(s.filled_cache()))),
     "a cache for a model that has no dilated attention": (
         ValueError, "patched model", lambda s: DilatedCache(LlamaConfig())),
     "a patch that a model cannot take": (
@@ -197,7 +198,7 @@ ANSWERED = {
     "one token": lambda s: s.same(s.logits(s.ids[:, :1]), s.logits(s.ids)[:, :1]),
     "tensors that are not contiguous": lambda s: s.same(s.logits(s.ids.t().contiguous().t()), s.logits(s.ids)),
     "a plain cache in place of the bounded one": lambda s: s.same(
-        s.logits(s.ids, past_key_values=DynamicCache(config=s.model.config)), s.logits(s.ids)
+        s.logits(s.ids, **named_cache(DynamicCache(config=s.model.config))), s.logits(s.ids)
     ),
 }
 CASES = {**REFUSED, **ANSWERED}

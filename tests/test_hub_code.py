@@ -109,7 +109,7 @@ for name, auto_class in auto_classes.items():
                     **arguments, max_new_tokens=60, do_sample=False, return_dict_in_generate=True, pad_token_id=0
                 )
                 found[place + "_tokens"] = generated.sequences
-                said["cache"] = type(generated.past_key_values).__name__
+                said["cache"] = next(type(x).__name__ for x in generated.values() if hasattr(x, "get_seq_length"))
                 base = transformers.AutoModel.from_pretrained(folder / name, trust_remote_code=True).eval()
                 found[place + "_hidden"] = base(**arguments).last_hidden_state
             model.save_pretrained(folder / (name + "_again"))

@@ -32,6 +32,7 @@ from modeling_longnet import (
     LongNetForTokenClassification,
     LongNetModel,
 )
+from modeling_longnet.transformers_compat import CACHE, named_cache
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -331,9 +332,9 @@ def test_texts_that_share_a_prefix_in_one_row_equal_each_alone(changes, implemen
 
 def test_a_mask_of_pairs_wants_the_whole_text_and_lengths_that_do_not_matter():
     model, mask = base_model({}), torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    past = model(tokens(1, 8), use_cache=True).past_key_values
+    past = model(tokens(1, 8), use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="of pairs must come with the whole text.*8 of 16"):
-        model(tokens(1, 8), attention_mask=mask, past_key_values=past)
+        model(tokens(1, 8), attention_mask=mask, **named_cache(past))
     with pytest.raises(ValueError, match="padding='zeros'"):
         base_model({"padding": "zeros"})(tokens(1, 8), attention_mask=mask)
 
@@ -369,16 +370,16 @@ def test_an_encoder_is_no_causal_lm():
 
 def test_an_encoder_takes_no_cache_with_room():
     model = base_model({"is_causal": False, "position_embedding_type": "rope"})
-    assert model(tokens(1, 8)).past_key_values is None
-    with pytest.raises(ValueError, match="`past_key_values`.*StaticCache"):
-        model(tokens(1, 8), past_key_values=StaticCache(config=model.config, max_cache_len=20))
+    assert model(tokens(1, 8))[CACHE] is None
+    with pytest.raises(ValueError, match="`cache`.*StaticCache"):
+        model(tokens(1, 8), **named_cache(StaticCache(config=model.config, max_cache_len=20)))
 
 
 def test_a_mask_with_a_gap_and_a_static_cache_is_refused():
     model = base_model({})
     cache = StaticCache(config=model.config, max_cache_len=20)
     with pytest.raises(ValueError, match="`attention_mask` has padding between"):
-        model(tokens(1, 8), attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]), past_key_values=cache)
+        model(tokens(1, 8), attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]), **named_cache(cache))
 
 
 # Weights: initialisation, saving, tying
@@ -455,6 +456,7 @@ sys.modules["modeling_longnet"] = None
 sys.path = [p for p in sys.path if p not in ("", {str(modeling_longnet.__path__[0])!r})]
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
+from modeling_longnet.transformers_compat import CACHE, named_cache
 folder = {str(tmp_path / "model")!r}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "LongNetModel"
@@ -611,8 +613,8 @@ def test_public_names_are_frozen():
 
 def test_the_cache_is_returned_on_demand():
     model = base_model({})
-    assert isinstance(model(tokens(1, 5)).past_key_values, DynamicCache)
-    assert model(tokens(1, 5), use_cache=False).past_key_values is None
+    assert isinstance(model(tokens(1, 5))[CACHE], DynamicCache)
+    assert model(tokens(1, 5), use_cache=False)[CACHE] is None
 
 
 def test_tensor_parallel_equals_whole(tmp_path):

@@ -14,6 +14,7 @@ from modeling_longnet.dilated_attention_reference import attention_counts
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.patching import is_patched, load_patched_model, patch_model, report, unpatch_model
+from modeling_longnet.transformers_compat import named_cache
 
 
 SCHEDULE = ([8, 32], [1, 4])
@@ -249,7 +250,7 @@ def test_packed_documents_continue_over_chunks(patched, input_ids):
     whole = logits(patched, input_ids[:1], position_ids=positions)
     cache, chunks = DynamicCache(config=patched.config), []
     for ids, places in zip(input_ids[:1].split(10, dim=1), positions.split(10, dim=1)):
-        chunks.append(logits(patched, ids, position_ids=places, past_key_values=cache))
+        chunks.append(logits(patched, ids, position_ids=places, **named_cache(cache)))
     torch.testing.assert_close(torch.cat(chunks, dim=1), whole, **TOLERANCE)
 
 
@@ -264,11 +265,11 @@ def test_holes_in_the_mask_are_refused(patched, input_ids):
 def test_masks_and_positions_of_another_length_are_refused(patched, input_ids, new):
     cache = DynamicCache(config=patched.config)
     if new:
-        logits(patched, input_ids[:, :-new], past_key_values=cache)
+        logits(patched, input_ids[:, :-new], **named_cache(cache))
     for length in (15, 44, 46)[new is None :]:
         with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(2, 45\)"):
             mask = torch.ones(2, length)
-            patched(input_ids=input_ids[:, -(new or 45) :], attention_mask=mask, past_key_values=cache)
+            patched(input_ids=input_ids[:, -(new or 45) :], attention_mask=mask, **named_cache(cache))
     with pytest.raises(ValueError, match="`position_ids` must have shape"):
         patched(input_ids=input_ids, position_ids=torch.zeros(1, 1, dtype=torch.long))
 
@@ -313,13 +314,13 @@ def test_cached_decode_equals_full_forward(model, input_ids, settings):
         whole, cache, steps = logits(patched, input_ids, **kwargs), DynamicCache(config=patched.config), []
         for start, stop in [(0, 20), (20, 29), *((i, i + 1) for i in range(29, 45))]:
             now = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]} if kwargs else {}
-            steps.append(logits(patched, input_ids[:, start:stop], past_key_values=cache, **now))
+            steps.append(logits(patched, input_ids[:, start:stop], **named_cache(cache), **now))
         torch.testing.assert_close(torch.cat(steps, dim=1)[mask > 0], whole[mask > 0], **TOLERANCE)
 
 
 def test_static_cache_equals_full_forward(patched, input_ids):
     cache = StaticCache(config=patched.config, max_cache_len=64)
-    steps = [logits(patched, ids, past_key_values=cache) for ids in input_ids.split([20, 10, 1, 1, 13], dim=1)]
+    steps = [logits(patched, ids, **named_cache(cache)) for ids in input_ids.split([20, 10, 1, 1, 13], dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), logits(patched, input_ids), **TOLERANCE)
 
 
@@ -549,5 +550,5 @@ def test_device_map_hooks_carry_the_mask(input_ids, tmp_path):
 def test_refused_bounded_cache_of_another_schedule(patched, input_ids, changes):
     other = patch_model(tiny_llama(), *([8, 32], [1, 2]) if not changes else SCHEDULE, **changes)
     cache = DilatedCache(other.config)
-    with pytest.raises(ValueError, match="`past_key_values` was made for another model"):
-        patched(input_ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="`cache` was made for another model"):
+        patched(input_ids, **named_cache(cache))

@@ -15,6 +15,7 @@ from transformers import (
 
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.patching import is_patched, load_patched_model, patch_model, report, unpatch_model
+from modeling_longnet.transformers_compat import named_cache
 
 
 SCHEDULE = ([8, 32], [1, 4])
@@ -111,7 +112,7 @@ def test_cached_generation_equals_full_forward(family, input_ids):
     whole = logits(model, tokens)
     assert torch.equal(whole[:, 19:-1].argmax(-1), tokens[:, 20:])
     cache = DynamicCache(config=model.config)
-    steps = [logits(model, ids, past_key_values=cache) for ids in tokens.split([20, 7, 1, 1, 6], dim=1)]
+    steps = [logits(model, ids, **named_cache(cache)) for ids in tokens.split([20, 7, 1, 1, 6], dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, **TOLERANCE)
 
 

@@ -20,6 +20,7 @@ from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
 from modeling_longnet.patching import patch_model
 from modeling_longnet.streaming import TextStream, stream_logits, stream_loss
+from modeling_longnet.transformers_compat import named_cache
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +154,7 @@ def test_caches_that_cannot_be_saved_are_refused(tmp_path):
         save_cache(tmp_path / "state", cache, model)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(make_text(5)[None], past_key_values=cache)
+        model(make_text(5)[None], **named_cache(cache))
     with pytest.raises(ValueError, match="waits for a `crop`"):
         save_cache(tmp_path / "state", cache, model)
 

@@ -39,7 +39,7 @@ def make_model(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...]
 
 def bounded_at(model: LongNetForCausalLM, position: int) -> DilatedCache:
     cache = DilatedCache(model.config)
-    model(torch.zeros(1, 8, dtype=torch.long), past_key_values=cache)
+    model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
     for layer in cache.dilated_layers:
         layer.keys.normal_()
         layer.values.normal_()
@@ -61,7 +61,7 @@ def decode(model: LongNetForCausalLM, cache: Cache, count: int) -> float:
     token = torch.zeros(1, 1, dtype=torch.long)
     start = time.perf_counter()
     for _ in range(count):
-        model(token, past_key_values=cache)
+        model(token, cache=cache)
     return (time.perf_counter() - start) / count
 
 
@@ -73,7 +73,7 @@ def read(model: LongNetForCausalLM, text: torch.Tensor, chunk_size: int | None) 
     else:
         cache = DilatedCache(model.config)
         for chunk in text.split(chunk_size, 1):
-            model(chunk, past_key_values=cache, logits_to_keep=1)
+            model(chunk, cache=cache, logits_to_keep=1)
     return (time.perf_counter() - start) / text.shape[1]
 
 

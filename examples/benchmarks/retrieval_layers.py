@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from examples.reporting import provenance, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
+from modeling_longnet.transformers_compat import attention_of
 
 
 NAME = "quoting_probe"
@@ -57,7 +58,7 @@ def quoting_by_head(model: PreTrainedModel, tokens: torch.Tensor, window: int, e
         )
         return output.transpose(1, 2).contiguous(), None
 
-    original = model.config._attn_implementation
+    original = attention_of(model.config)
     AttentionInterface.register(NAME, attention)
     model.set_attn_implementation(NAME)
     try:

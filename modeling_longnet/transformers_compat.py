@@ -1,0 +1,336 @@
+# Copyright 2026 The longnet-transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The seam to Transformers: every difference between its releases, and every name of it that its documentation does
+not promise. The other files use what this one offers, in the newest release's words (`cache`).
+
+A release may make us refuse, never make us wrong: names that are looked up here and are gone raise an ImportError.
+
+    5.17 to 5.23   the cache argument and output field are `past_key_values`
+    5.24           they are `cache`; the old name is taken with a FutureWarning (`deprecate_kwarg`)
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface, Cache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import PushToHubMixin, TransformersKwargs, cached_file
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.type_validators import interval
+
+
+# The releases that the whole test-suite was run on, first and last. setup.cfg has the same bounds.
+OLDEST_TESTED, NEWEST_TESTED = (5, 17), (5, 24)
+
+
+def release() -> tuple[int, int]:
+    major, minor, *_ = transformers.__version__.split(".")
+    return int(major), int(minor)
+
+
+if not OLDEST_TESTED <= release() <= NEWEST_TESTED:
+    warnings.warn(
+        f"longnet-transformers was tested with Transformers {OLDEST_TESTED[0]}.{OLDEST_TESTED[1]} to "
+        f"{NEWEST_TESTED[0]}.{NEWEST_TESTED[1]}, this is {transformers.__version__}: what it does not know it refuses.",
+        stacklevel=2,
+    )
+
+# What a class of a model declares for Transformers. Contributors of models are told these names, so they may stand in
+# the files of models; every other private name of Transformers stands in this file alone.
+MODEL_DECLARATIONS = (
+    "_can_compile_fullgraph", "_can_record_outputs", "_fsdp_plan", "_init_weights", "_no_split_modules", "_pp_plan",
+    "_skip_keys_device_placement", "_supports_attention_backend", "_supports_flash_attn", "_supports_flex_attn",
+    "_supports_sdpa", "_tied_weights_keys", "_tp_plan",
+)  # fmt: skip
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+_arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_found = [name for name in CACHE_NAMES if name in _arguments]
+if len(_found) != 1:
+    raise ImportError(
+        f"Transformers {transformers.__version__} hands the cache to models under a name that longnet-transformers "
+        f"does not know (wanted one of {', '.join(CACHE_NAMES)}): install a release that it was tested with."
+    )
+# How this release calls the cache, as an argument and in outputs.
+CACHE = _found[0]
+
+
+def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """The cache as a keyword argument, or output field, by this release's name."""
+    return {CACHE: cache}
+
+
+def accept_cache(function: Callable) -> Callable:
+    """For functions with an argument `cache`: takes it by the other name as well, as models of this release do."""
+    if CACHE == "cache":  # 5.24: with a FutureWarning, and the new name wins where both are given
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+
+    @functools.wraps(function)
+    def with_either_name(*args, **kwargs):
+        if "past_key_values" in kwargs:
+            cache = kwargs.pop("past_key_values")
+            if kwargs.get("cache") is not None and cache is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument, got both.")
+            kwargs["cache"] = cache if cache is not None else kwargs.get("cache")
+        return function(*args, **kwargs)
+
+    return with_either_name
+
+
+# What a forward's `**kwargs` may hold beside what TransformersKwargs names: switches, and what losses read.
+_KNOWN_KEYWORDS = {
+    *TransformersKwargs.__annotations__, "use_cache", "return_dict", "labels", "shift_labels", "num_items_in_batch",
+    "ignore_index", "weight", "logits_to_keep",
+}  # fmt: skip
+_STATE_WORDS = ("cache", "mask", "past", "position", "state", "memory", "segment", "bias")
+
+
+def _carries_meaning(name: str, value: object) -> bool:
+    if value is None or isinstance(value, (bool, str)):
+        return False
+    if name == "token_type_ids":  # zeros, which some tokenizers give, say nothing
+        return not isinstance(value, torch.Tensor) or is_tracing(value) or bool(value.any())
+    if isinstance(value, (int, float)):
+        return any(word in name for word in _STATE_WORDS)
+    # What acts on a model from outside may hand its layers an object of its own, and says so.
+    return not getattr(value, "is_read_by_hooks", False)
+
+
+def refuse_unread(owner: str, keywords: Mapping[str, object]) -> None:
+    """Refuses keyword arguments that carry state, masks or positions and that nothing behind `owner` reads.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, value in keywords.items():
+        if name not in _KNOWN_KEYWORDS and _carries_meaning(name, value):
+            raise ValueError(
+                f"`{name}` is not read by {owner}, got {type(value).__name__}: the result would be computed without "
+                "it. A cache is passed as `cache`, padding as `attention_mask`, places as `position_ids`."
+            )
+
+
+_PREPARE_CACHE = "_prepare_cache_for_generation"
+_PREPARE_CACHE_ARGUMENTS = ["generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
+_arguments = inspect.signature(getattr(GenerationMixin, _PREPARE_CACHE, lambda: None)).parameters
+if list(_arguments)[1:] != _PREPARE_CACHE_ARGUMENTS:
+    raise ImportError(
+        f"`generate` of Transformers {transformers.__version__} prepares its cache in a way that longnet-transformers "
+        "does not know: install a release that it was tested with."
+    )
+
+
+def _was_read(cache: Cache) -> bool:
+    """Whether a forward has filled it; asks no tensor, so a GPU is not waited for."""
+    return any(getattr(layer, "is_initialized", True) for layer in getattr(cache, "layers", ()) or (cache,))
+
+
+def check_cache_reaches_model(owner: str, given: Mapping[str, object], inputs: Mapping[str, object]) -> None:
+    """Refuses a decoding step whose cache was dropped on the way, or that the step before did not read.
+
+    Args:
+        given: the keyword arguments of `prepare_inputs_for_generation`. inputs: what it made of them.
+    """
+    cache = given.get(CACHE)
+    if given.get("use_cache") is False:
+        return
+    if cache is not None and inputs.get(CACHE) is not cache:
+        raise ValueError(
+            f"`generate` prepared a {type(cache).__name__}, but {owner} sets it aside for this step: it would go on "
+            "with another one, or without the text read so far. Pass `cache_implementation='dynamic'`."
+        )
+    first = given.get("is_first_iteration", True)
+    if not first and given.get("use_cache") and (cache is None or not _was_read(cache)):
+        got = "none" if cache is None else f"an empty {type(cache).__name__}"
+        raise ValueError(
+            f"`generate` goes on from a cache, got {got} under `{CACHE}`: the forward before did not read the one that "
+            f"was prepared, so that {owner} would see one token at a time. Pass `use_cache=False`, or install a tested "
+            "release of Transformers."
+        )
+
+
+class CheckedGenerationMixin(GenerationMixin):
+    """`generate` with a cache of the model's own, which verifies that the cache that it prepares is the one read."""
+
+    def prepare_own_cache(self, generation_config, model_kwargs: dict, max_cache_length: int) -> bool:
+        """Puts a cache into `model_kwargs[CACHE]`, or returns False for Transformers' own."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        for name in CACHE_NAMES:  # the other release's name, which `generate` of this one leaves among the rest
+            if name != CACHE and name in model_kwargs:
+                model_kwargs[CACHE] = model_kwargs.pop(name)
+        if not self.prepare_own_cache(generation_config, model_kwargs, max_cache_length):
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+
+    @accept_cache
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
+        kwargs |= named_cache(kwargs.pop("cache", None))
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        check_cache_reaches_model(type(self).__name__, kwargs, inputs)
+        return inputs
+
+
+def _prepare_instance_cache(
+    model, prepare_own_cache, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+):
+    if not prepare_own_cache(model, generation_config, model_kwargs, max_cache_length):
+        getattr(type(model), _PREPARE_CACHE)(
+            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+
+def _prepare_instance_inputs(model, *args, **kwargs):
+    inputs = type(model).prepare_inputs_for_generation(model, *args, **kwargs)
+    check_cache_reaches_model(type(model).__name__, kwargs, inputs)
+    return inputs
+
+
+# Attributes that stand on an instance that behaves otherwise than its class.
+GENERATION_ATTRIBUTES = (_PREPARE_CACHE, "prepare_inputs_for_generation")
+UPLOAD = "_upload_modified_files"
+SUPPORTS_FLASH_ATTENTION = "_supports_flash_attn"
+
+
+def set_instance_generation(model: GenerationMixin, prepare_own_cache: Callable) -> None:
+    """What `CheckedGenerationMixin` is for a class, on one instance of another class."""
+    # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
+    setattr(model, _PREPARE_CACHE, functools.partial(_prepare_instance_cache, model, prepare_own_cache))
+    model.prepare_inputs_for_generation = functools.partial(_prepare_instance_inputs, model)
+
+
+def attention_of(config) -> str:
+    """The attention implementation that a configuration's model runs."""
+    return config._attn_implementation
+
+
+def closed_interface(functions: dict[str, Callable]) -> AttentionInterface:
+    """Attention functions by name, without those that the library or others have registered."""
+    return type("ClosedAttentionInterface", (AttentionInterface,), {"_global_mapping": functions})()
+
+
+def passes_through_interface(model: PreTrainedModel) -> bool:
+    """Whether `set_attn_implementation` exchanges the attention of this model."""
+    return model._can_set_attn_implementation()
+
+
+def forbid_flash_attention(model: PreTrainedModel) -> None:
+    """Continuous batching would otherwise switch to dense flash attention with no more than a warning."""
+    setattr(model, SUPPORTS_FLASH_ATTENTION, False)
+
+
+def has_own_adapter(model: nn.Module) -> bool:
+    """Whether an adapter was loaded by Transformers itself, without PEFT's wrapper."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def is_initialized_from_checkpoint(parameter: torch.Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def find_file(path_or_repo: str, name: str, **hub) -> str | None:
+    """A file of a folder or Hub repository, or None where there is none."""
+    return cached_file(path_or_repo, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def upload(model: PreTrainedModel, *args, **kwargs):
+    """What `push_to_hub` does last, with the files it has written."""
+    return getattr(PushToHubMixin, UPLOAD)(model, *args, **kwargs)
+
+
+def brings_its_code(model: PreTrainedModel) -> bool:
+    """Whether `save_pretrained` of this model's class copies its code too."""
+    return getattr(type(model), "_auto_class", None) is not None
+
+
+def auto_class_of(model: PreTrainedModel, names: tuple[str, ...]) -> str | None:
+    """The first of these Auto classes that makes models of this very class."""
+    for name in names:
+        mapping = getattr(transformers, name)._model_mapping
+        if type(model.config) in mapping and mapping[type(model.config)] is type(model):
+            return name
+    return None
+
+
+def causal_lm_class_names() -> dict[str, str]:
+    """Model type to class name: the table by which Transformers, TRL and PEFT know causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def code_files(path: str) -> list[str]:
+    """The files that a file imports relatively, directly or through each other."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    return get_relative_import_files(path)
+
+
+def shifts_labels(trainer) -> bool:
+    """Whether the loss of a Trainer's model compares each token with the next one."""
+    return trainer._loss_shifts_labels
+
+
+class MadeOtherwise:
+    """For subclasses of a Transformers model of which every instance is changed after it was made (`change`)."""
+
+    @staticmethod
+    def change(model: PreTrainedModel) -> PreTrainedModel:
+        raise NotImplementedError
+
+    @staticmethod
+    def original_attention(config) -> str | None:
+        """The attention under which a model of this configuration is made, where the configuration tells of another."""
+        return None
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        cls.change(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        original = cls.original_attention(config)
+        if original is not None:
+            kwargs.setdefault("attn_implementation", original)
+        return cls.change(super()._from_config(config, **kwargs))
+
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "CACHE", "CACHE_NAMES", "CheckedGenerationMixin",
+    "GENERATION_ATTRIBUTES", "LinearAttentionCacheLayerMixin", "MODEL_DECLARATIONS", "MadeOtherwise", "NEWEST_TESTED",
+    "OLDEST_TESTED", "ROPE_INIT_FUNCTIONS", "SUPPORTS_FLASH_ATTENTION", "UPLOAD", "accept_cache", "and_masks",
+    "attention_of", "auto_class_of", "brings_its_code", "capture_outputs", "causal_lm_class_names",
+    "causal_mask_function", "check_cache_reaches_model", "closed_interface", "code_files", "dynamic_rope_update",
+    "find_file", "forbid_flash_attention", "has_own_adapter", "interval", "is_initialized_from_checkpoint",
+    "is_tracing", "merge_with_config_defaults", "named_cache", "passes_through_interface", "refuse_unread", "release",
+    "set_instance_generation", "shifts_labels", "upload",
+]  # fmt: skip
