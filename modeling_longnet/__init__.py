@@ -49,9 +49,9 @@ _AUTO_CLASSES = {
 for _config_class in (LongNetConfig, LongNetSlideEncoderConfig):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()  # this and its like below: save_pretrained copies the code as well
-for _model_class, _auto_class in _AUTO_CLASSES.items():
-    _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
-    _model_class.register_for_auto_class(_auto_class.__name__)
+for _model_class, _auto in _AUTO_CLASSES.items():
+    _auto.register(_model_class.config_class, _model_class, exist_ok=True)
+    _model_class.register_for_auto_class(_auto.__name__)
 
 setattr(LongNetPreTrainedModel, UPLOAD, upload_with_card)  # not in the model's file: it need not travel
 

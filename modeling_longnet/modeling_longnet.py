@@ -366,7 +366,7 @@ class LongNetModel(LongNetPreTrainedModel):
         r"""
         cache (`Cache`, *optional*):
             Keys and values of earlier tokens, whose documents and places `attention_mask` and `position_ids` go on
-            from: any cache of Transformers, or a [`DilatedCache`] of constant size. `past_key_values` is its older name.
+            from: any cache of Transformers, or a [`DilatedCache`] of constant size. Once called `past_key_values`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -449,6 +449,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, CheckedGenerationMixin):
         **kwargs,
     ) -> torch.Tensor | None:
         """An `attention_mask` for `forward`: document ids of the keys [B, 1, 1, N], or [B, 1, 2, N] with an order."""
+        refuse_unread("LongNet's masks", kwargs)
         (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
         _, documents = read_documents(
             attention_mask, position_ids, cache, batch_size, query_length, device
@@ -477,7 +478,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, CheckedGenerationMixin):
         r"""
         cache (`Cache`, *optional*):
             Keys and values of earlier tokens, whose documents and places `attention_mask` and `position_ids` go on
-            from: any cache of Transformers, or a [`DilatedCache`] of constant size. `past_key_values` is its older name.
+            from: any cache of Transformers, or a [`DilatedCache`] of constant size. Once called `past_key_values`.
 
         Example:
 

@@ -35,6 +35,7 @@ from .transformers_compat import (
     and_masks,
     attention_of,
     causal_mask_function,
+    first_unread,
 )
 
 
@@ -68,6 +69,8 @@ UNSUPPORTED_ARGUMENTS = {
     "cache": "it reads a paged cache (continuous batching)",
     "block_table": "it reads a paged cache (continuous batching)",
 }
+# Arguments of mask functions that change only how a mask is stored, or when it may be left out.
+MASK_HINTS = ("dtype", "allow_is_causal_skip", "allow_is_bidirectional_skip")
 
 
 @dataclass
@@ -109,6 +112,9 @@ def unsupported_reason(
     for name, reason in UNSUPPORTED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             return reason
+    unread = first_unread(arguments)
+    if unread is not None:
+        return f"it is given `{unread}`, which dilated attention does not read"
     if arguments.get("is_causal") is False or not getattr(module, "is_causal", True):
         return "it is not causal (an encoder or cross-attention)"
     if getattr(module, "is_cross_attention", False):
@@ -193,6 +199,9 @@ def dilated_mask(
         )  # fmt: skip
     if use_vmap:
         raise ValueError("this forward adds its own function to the causal mask, which a patched model cannot read.")
+    unread = [name for name, value in kwargs.items() if name not in MASK_HINTS and value is not None]
+    if unread:
+        raise ValueError(f"this forward makes its mask with `{unread[0]}`, which a patched model does not read.")
     device = attention_mask.device if attention_mask is not None else torch.device(device)
     # A bounded cache asks for the new tokens alone, and checks what is told of those before.
     covers_past = isinstance(kv_offset, int) and kv_offset == 0

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, Cache, GenerationMixin, PreTrainedModel
+from transformers import AttentionInterface, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -119,18 +119,20 @@ def _carries_meaning(name: str, value: object) -> bool:
     return not getattr(value, "is_read_by_hooks", False)
 
 
-def refuse_unread(owner: str, keywords: Mapping[str, object]) -> None:
-    """Refuses keyword arguments that carry state, masks or positions and that nothing behind `owner` reads.
+def first_unread(keywords: Mapping[str, object]) -> str | None:
+    """The first keyword argument that carries state, masks or positions under a name that nothing reads, or None."""
+    unknown = (name for name in keywords if name not in _KNOWN_KEYWORDS)
+    return next((name for name in unknown if _carries_meaning(name, keywords[name])), None)
 
-    Raises:
-        ValueError: names the first of them.
-    """
-    for name, value in keywords.items():
-        if name not in _KNOWN_KEYWORDS and _carries_meaning(name, value):
-            raise ValueError(
-                f"`{name}` is not read by {owner}, got {type(value).__name__}: the result would be computed without "
-                "it. A cache is passed as `cache`, padding as `attention_mask`, places as `position_ids`."
-            )
+
+def refuse_unread(owner: str, keywords: Mapping[str, object]) -> None:
+    """Raises a ValueError that names the `first_unread` of what nothing behind `owner` reads."""
+    name = first_unread(keywords)
+    if name is not None:
+        raise ValueError(
+            f"`{name}` is not read by {owner}, got {type(keywords[name]).__name__}: the result would be computed "
+            "without it. A cache is passed as `cache`, padding as `attention_mask`, places as `position_ids`."
+        )
 
 
 _PREPARE_CACHE = "_prepare_cache_for_generation"
@@ -143,32 +145,38 @@ if list(_arguments)[1:] != _PREPARE_CACHE_ARGUMENTS:
     )
 
 
-def _was_read(cache: Cache) -> bool:
-    """Whether a forward has filled it; asks no tensor, so a GPU is not waited for."""
+def _was_read(cache: Cache, tokens: int) -> bool:
+    """Whether forwards have filled it, with at least so many tokens; asks no tensor, so a GPU is not waited for."""
+    if type(cache) is DynamicCache and 0 < cache.get_seq_length() < tokens:
+        return False  # a forward that got none made one of its own
     return any(getattr(layer, "is_initialized", True) for layer in getattr(cache, "layers", ()) or (cache,))
 
 
-def check_cache_reaches_model(owner: str, given: Mapping[str, object], inputs: Mapping[str, object]) -> None:
-    """Refuses a decoding step whose cache was dropped on the way, or that the step before did not read.
+def check_cache_reaches_model(
+    owner: str, input_ids: torch.Tensor, given: Mapping[str, object], inputs: Mapping[str, object]
+) -> None:
+    """Refuses a decoding step whose cache was dropped on the way, or that the steps before did not read.
 
     Args:
-        given: the keyword arguments of `prepare_inputs_for_generation`. inputs: what it made of them.
+        input_ids, given: the arguments of `prepare_inputs_for_generation`. inputs: what it made of them.
     """
-    cache = given.get(CACHE)
-    if given.get("use_cache") is False:
+    if not given.get("use_cache"):
         return
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     if cache is not None and inputs.get(CACHE) is not cache:
         raise ValueError(
             f"`generate` prepared a {type(cache).__name__}, but {owner} sets it aside for this step: it would go on "
             "with another one, or without the text read so far. Pass `cache_implementation='dynamic'`."
         )
-    first = given.get("is_first_iteration", True)
-    if not first and given.get("use_cache") and (cache is None or not _was_read(cache)):
-        got = "none" if cache is None else f"an empty {type(cache).__name__}"
+    mask, embeds = given.get("attention_mask"), inputs.get("inputs_embeds")
+    whole = mask.shape[-1] if mask is not None and mask.dim() == 2 else input_ids.shape[1]
+    new = embeds.shape[1] if embeds is not None else inputs["input_ids"].shape[1]
+    if new < whole and (cache is None or not _was_read(cache, whole - new)):
+        got = "none" if cache is None else f"a {type(cache).__name__} without them"
         raise ValueError(
-            f"`generate` goes on from a cache, got {got} under `{CACHE}`: the forward before did not read the one that "
-            f"was prepared, so that {owner} would see one token at a time. Pass `use_cache=False`, or install a tested "
-            "release of Transformers."
+            f"`generate` goes on with {new} of {whole} tokens from a cache, got {got} under `{CACHE}`: the forward "
+            f"before did not read the one that was prepared, so that {owner} would not see the text. Pass "
+            "`use_cache=False`, or install a tested release of Transformers."
         )
 
 
@@ -190,11 +198,10 @@ class CheckedGenerationMixin(GenerationMixin):
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
 
-    @accept_cache
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
-        kwargs |= named_cache(kwargs.pop("cache", None))
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks at its signature
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        check_cache_reaches_model(type(self).__name__, kwargs, inputs)
+        check_cache_reaches_model(type(self).__name__, input_ids, kwargs, inputs)
         return inputs
 
 
@@ -207,9 +214,9 @@ def _prepare_instance_cache(
         )
 
 
-def _prepare_instance_inputs(model, *args, **kwargs):
-    inputs = type(model).prepare_inputs_for_generation(model, *args, **kwargs)
-    check_cache_reaches_model(type(model).__name__, kwargs, inputs)
+def _prepare_instance_inputs(model, input_ids, *args, **kwargs):
+    inputs = type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+    check_cache_reaches_model(type(model).__name__, input_ids, kwargs, inputs)
     return inputs
 
 
@@ -223,7 +230,8 @@ def set_instance_generation(model: GenerationMixin, prepare_own_cache: Callable)
     """What `CheckedGenerationMixin` is for a class, on one instance of another class."""
     # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
     setattr(model, _PREPARE_CACHE, functools.partial(_prepare_instance_cache, model, prepare_own_cache))
-    model.prepare_inputs_for_generation = functools.partial(_prepare_instance_inputs, model)
+    prepare = functools.partial(_prepare_instance_inputs, model)
+    model.prepare_inputs_for_generation = functools.update_wrapper(prepare, type(model).prepare_inputs_for_generation)
 
 
 def attention_of(config) -> str:
@@ -330,7 +338,7 @@ __all__ = [
     "OLDEST_TESTED", "ROPE_INIT_FUNCTIONS", "SUPPORTS_FLASH_ATTENTION", "UPLOAD", "accept_cache", "and_masks",
     "attention_of", "auto_class_of", "brings_its_code", "capture_outputs", "causal_lm_class_names",
     "causal_mask_function", "check_cache_reaches_model", "closed_interface", "code_files", "dynamic_rope_update",
-    "find_file", "forbid_flash_attention", "has_own_adapter", "interval", "is_initialized_from_checkpoint",
-    "is_tracing", "merge_with_config_defaults", "named_cache", "passes_through_interface", "refuse_unread", "release",
-    "set_instance_generation", "shifts_labels", "upload",
+    "find_file", "first_unread", "forbid_flash_attention", "has_own_adapter", "interval",
+    "is_initialized_from_checkpoint", "is_tracing", "merge_with_config_defaults", "named_cache",
+    "passes_through_interface", "refuse_unread", "release", "set_instance_generation", "shifts_labels", "upload",
 ]  # fmt: skip

@@ -370,7 +370,7 @@ def test_an_encoder_is_no_causal_lm():
 
 def test_an_encoder_takes_no_cache_with_room():
     model = base_model({"is_causal": False, "position_embedding_type": "rope"})
-    assert model(tokens(1, 8))[CACHE] is None
+    assert model(tokens(1, 8)).get(CACHE) is None
     with pytest.raises(ValueError, match="`cache`.*StaticCache"):
         model(tokens(1, 8), **named_cache(StaticCache(config=model.config, max_cache_len=20)))
 
@@ -456,7 +456,6 @@ sys.modules["modeling_longnet"] = None
 sys.path = [p for p in sys.path if p not in ("", {str(modeling_longnet.__path__[0])!r})]
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
-from modeling_longnet.transformers_compat import CACHE, named_cache
 folder = {str(tmp_path / "model")!r}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "LongNetModel"
@@ -614,7 +613,7 @@ def test_public_names_are_frozen():
 def test_the_cache_is_returned_on_demand():
     model = base_model({})
     assert isinstance(model(tokens(1, 5))[CACHE], DynamicCache)
-    assert model(tokens(1, 5), use_cache=False)[CACHE] is None
+    assert model(tokens(1, 5), use_cache=False).get(CACHE) is None
 
 
 def test_tensor_parallel_equals_whole(tmp_path):

@@ -13,6 +13,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_longnet.patching import SETTINGS_NAME, is_patched, load_patched_model, patch_model, unpatch_model
 
@@ -221,7 +222,7 @@ def test_named_adapters_record_the_patch(base_folder, tmp_path):
 
 
 def test_adapters_of_transformers_own_kind_record_the_patch(base_folder, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     model, ids = patch_model(LlamaForCausalLM.from_pretrained(base_folder), *SCHEDULE), torch.randint(3, 97, (2, 40))
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
     expected = logits(model, ids)
