@@ -36,6 +36,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 
 from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .chunked_loss import can_be_chunked, chunked_cross_entropy
 from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, prepare_dilated_cache
 from .document_ids import Documents, find_documents, find_pairs, holds_pairs, query_extent, reorder, restore_order
@@ -47,6 +48,7 @@ from .transformers_compat import (
     accept_cache,
     attention_of,
     capture_outputs,
+    has_own_loss,
     is_initialized_from_checkpoint,
     is_tracing,
     merge_with_config_defaults,
@@ -410,8 +412,41 @@ class LongNetModel(LongNetPreTrainedModel):
         )
 
 
+class LongNetLanguageModelHead:
+    """For models with an `lm_head`: what both kinds of language model make of the last hidden states."""
+
+    # Whether each token's target is the next one, as the loss that Transformers gives the class has it.
+    shifts_labels = True
+
+    def loss_and_logits(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, skip_logits: bool | None, **kwargs
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Loss and logits of hidden states [B, Q, C]; the logits are None where the loss did without them."""
+        shifted = kwargs.get("shift_labels") if self.shifts_labels else None
+        has_targets = labels is not None or shifted is not None
+        able = has_own_loss(self) and can_be_chunked(self.lm_head, hidden_states)
+        if skip_logits and has_targets and not able:
+            raise ValueError(
+                "`skip_logits=True` needs the model's own loss and a head that is its weight alone (no adapter, no "
+                f"shards), got {type(self.lm_head).__name__} and {self.loss_function}."
+            )
+        if not has_targets or not able or not (self.training if skip_logits is None else skip_logits):
+            logits = self.lm_head(hidden_states)
+            if labels is None:
+                return None, logits
+            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs), logits
+        ignore_index = kwargs.get("ignore_index", -100)
+        targets = labels if shifted is None else shifted
+        if shifted is None and self.shifts_labels:
+            targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        counted = {"num_items_in_batch": kwargs.get("num_items_in_batch"), "ignore_index": ignore_index}
+        return chunked_cross_entropy(
+            hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), **counted
+        ), None
+
+
 @auto_docstring
-class LongNetForCausalLM(LongNetPreTrainedModel, CheckedGenerationMixin):
+class LongNetForCausalLM(LongNetLanguageModelHead, LongNetPreTrainedModel, CheckedGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -473,12 +508,16 @@ class LongNetForCausalLM(LongNetPreTrainedModel, CheckedGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         cache (`Cache`, *optional*):
             Keys and values of earlier tokens, whose documents and places `attention_mask` and `position_ids` go on
             from: any cache of Transformers, or a [`DilatedCache`] of constant size. Once called `past_key_values`.
+        skip_logits (`bool`, *optional*):
+            Whether to make the loss chunk by chunk and return no logits, which take 4 bytes times tokens times
+            vocabulary. By default in training with labels, where the head and the loss are the model's own.
 
         Example:
 
@@ -500,11 +539,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, CheckedGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = outputs.last_hidden_state[:, kept, :]
+        loss, logits = self.loss_and_logits(hidden_states, labels, skip_logits, **kwargs)
 
         return CausalLMOutputWithPast(
             loss=loss,
@@ -520,7 +556,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, CheckedGenerationMixin):
     A LongNet, bidirectional (`is_causal=False`) as a rule, with a language modeling head on each token.
     """
 )
-class LongNetForMaskedLM(LongNetPreTrainedModel):
+class LongNetForMaskedLM(LongNetLanguageModelHead, LongNetPreTrainedModel):
+    shifts_labels = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -545,8 +582,13 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
+        r"""
+        skip_logits (`bool`, *optional*):
+            As in [`LongNetForCausalLM`].
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -554,11 +596,7 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **{**kwargs, "use_cache": False},
         )
-        logits = self.lm_head(outputs.last_hidden_state)
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, skip_logits, **kwargs)
 
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -30,6 +30,7 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -301,6 +302,11 @@ def code_files(path: str) -> list[str]:
     return get_relative_import_files(path)
 
 
+def has_own_loss(model: PreTrainedModel) -> bool:
+    """Whether the loss is the one that Transformers gives to causal or masked language models."""
+    return model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
+
+
 def shifts_labels(trainer) -> bool:
     """Whether the loss of a Trainer's model compares each token with the next one."""
     return trainer._loss_shifts_labels
@@ -338,7 +344,7 @@ __all__ = [
     "OLDEST_TESTED", "ROPE_INIT_FUNCTIONS", "SUPPORTS_FLASH_ATTENTION", "UPLOAD", "accept_cache", "and_masks",
     "attention_of", "auto_class_of", "brings_its_code", "capture_outputs", "causal_lm_class_names",
     "causal_mask_function", "check_cache_reaches_model", "closed_interface", "code_files", "dynamic_rope_update",
-    "find_file", "first_unread", "forbid_flash_attention", "has_own_adapter", "interval",
+    "find_file", "first_unread", "forbid_flash_attention", "has_own_adapter", "has_own_loss", "interval",
     "is_initialized_from_checkpoint", "is_tracing", "merge_with_config_defaults", "named_cache",
     "passes_through_interface", "refuse_unread", "release", "set_instance_generation", "shifts_labels", "upload",
 ]  # fmt: skip

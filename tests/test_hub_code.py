@@ -30,6 +30,7 @@ CODE = {
     "attention_functions.py",
     "position_embeddings.py",
     "document_ids.py",
+    "chunked_loss.py",
     "transformers_compat.py",
     # the operator
     "dilation_schedule.py",

@@ -122,6 +122,13 @@ def test_readme_shows_a_result_early():
     assert any(re.search(r"\d", line) for line in head if line.startswith("|")), "no table with numbers before line 40"
 
 
-def test_first_readme_example_runs(tmp_path):
+def test_first_readme_example_runs_and_reads_its_context(tmp_path):
+    """What it generates depends on all of the text before, so that a cache that went lost would show."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert run_python(f"import os, sys; sys.path.insert(0, os.getcwd()); os.chdir({str(tmp_path)!r})\n" + code).strip()
+    check = """
+found = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
+assert len(set(found[-20:].tolist())) > 10, found
+assert found.equal(model.generate(**prompt, max_new_tokens=20, do_sample=False, use_cache=False)[0])
+"""
+    before = f"import os, sys; sys.path.insert(0, os.getcwd()); os.chdir({str(tmp_path)!r})\n"
+    assert run_python(before + "import torch; torch.manual_seed(0)\n" + code + check).strip()

@@ -1,0 +1,108 @@
+# Copyright 2026 The longnet-transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Cross-entropy over a vocabulary without the logits of a whole text: the loss and its gradients, chunk by chunk.
+
+The logits of 131,072 tokens over 50,257 words are 25 GiB in float32, and as much again for their gradient. Here each
+chunk's logits give way to the gradients that they lead to, which are made in the forward pass; the backward pass scales
+them.
+
+Letters: M tokens, C hidden size, V words of the vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from .transformers_compat import is_tracing
+
+
+CHUNK_ELEMENTS = 2**23  # of a chunk's logits: 32 MiB in float32
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, scale, ignore_index):
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        # In float32, as many small contributions would vanish in a sum of half precision.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, len(targets), rows):
+            hidden, target = hidden_states[start : start + rows], targets[start : start + rows]
+            product = nn.functional.linear(hidden, weight)
+            logits = product.float()
+            is_counted = target != ignore_index
+            target = torch.where(is_counted, target, 0)[:, None]
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            losses = (log_sum - logits.gather(1, target))[:, 0]
+            total += losses.masked_fill(~is_counted, 0).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad = (logits - log_sum).exp_().scatter_add_(1, target, -torch.ones_like(log_sum))
+            grad = grad.mul_(scale).masked_fill_(~is_counted[:, None], 0).to(product.dtype)
+            if needs_hidden:
+                grad_hidden[start : start + rows] = grad @ weight.to(product.dtype)
+            if needs_weight:
+                grad_weight += grad.mT @ hidden.to(product.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Cross-entropy of `hidden_states @ weight.T` and `targets`, as Transformers' losses compute it.
+
+    Args:
+        hidden_states: [M, C]. weight: of the head, [V, C].
+        targets: integers [M]; `ignore_index` counts for nothing.
+        num_items_in_batch: what the sum is divided by; the number of counted targets by default.
+
+    Returns:
+        A float32 scalar; its gradient can be taken once.
+    """
+    targets = targets.to(hidden_states.device)
+    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    count = torch.as_tensor(count, device=hidden_states.device)
+    return _ChunkedCrossEntropy.apply(hidden_states, weight, targets, 1 / count.float(), ignore_index)
+
+
+def can_be_chunked(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether a head is its weight and no more: not wrapped by an adapter, sharded, offloaded or traced."""
+    is_plain = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
+    return (
+        is_plain
+        and head.weight.shape == (head.out_features, head.in_features)
+        and head.weight.device == hidden_states.device
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not is_tracing(hidden_states)
+    )
+
+
+__all__ = ["can_be_chunked", "chunked_cross_entropy"]
