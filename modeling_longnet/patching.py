@@ -187,7 +187,7 @@ def _set_instance_attributes(model: PreTrainedModel) -> None:
     # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
     model.save_pretrained = functools.partial(_save_pretrained, model)
     model.set_attn_implementation = functools.partial(_set_attn_implementation, model)
-    setattr(model, UPLOAD, functools.partial(upload_with_card, model))
+    setattr(model, UPLOAD, functools.partial(_upload, model))
     if isinstance(model, GenerationMixin):
         set_instance_generation(model, prepare_dilated_cache)
 
@@ -308,7 +308,28 @@ def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if adapter:
         write_settings(save_directory, self.config.dilated_attention)
+    elif kwargs.get("is_main_process", True):
+        _name_as_dilated(Path(save_directory) / "config.json")
     return result
+
+
+def _name_as_dilated(path: Path) -> None:
+    """Names an architecture that programs which bring their own code for it (vLLM, `transformers serve`) do not know.
+
+    They go by this name alone, and would run dense attention without a word; the Auto classes go by the model type.
+    """
+    config = json.loads(path.read_text())
+    names = config.get("architectures") or []
+    config["architectures"] = [name if name.startswith("Dilated") else f"Dilated{name}" for name in names]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _upload(self: PreTrainedModel, working_dir, repo_id: str, *args, **kwargs):
+    """What a push of a patched model does last."""
+    config = Path(working_dir) / "config.json"
+    if config.is_file():
+        _name_as_dilated(config)
+    return upload_with_card(self, working_dir, repo_id, *args, **kwargs)
 
 
 def _set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args, **kwargs) -> None:

@@ -182,3 +182,18 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Mine"):
         export_patched_model(patch_model(Mine(model.config), **SCHEDULE), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "export_patched_model"])
+def test_a_saved_patch_names_an_architecture_that_nobody_runs_dense(save, tmp_path):
+    """Serving programs look for a model by that name, and would have run the vanilla one without a word."""
+    import transformers
+
+    model = patched_model("llama")
+    for _ in range(2):
+        export_patched_model(model, tmp_path) if save == "export_patched_model" else model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["DilatedLlamaForCausalLM"]
+    assert not hasattr(transformers, "DilatedLlamaForCausalLM")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+    unpatch_model(load_patched_model(tmp_path)).save_pretrained(tmp_path / "vanilla")
+    assert json.loads((tmp_path / "vanilla/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
