@@ -254,6 +254,17 @@ def _positions(document_ids: torch.Tensor) -> torch.Tensor:
     return document_positions(document_ids)[0].masked_fill(document_ids < 0, 0)
 
 
+def without_gradient_of_padding(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """x [B, Q, C] as it is, but no gradient passes through the rows that a mask [B, N], N >= Q, calls padding.
+
+    Padded queries see nothing, so their states can be exactly zero, where each LayerNorm multiplies a gradient by
+    1 / sqrt(eps): a loss that looks at padded rows (question answering) would be ruined by what nobody reads.
+    """
+    if attention_mask is None or attention_mask.dim() != 2 or not x.requires_grad:
+        return x
+    return torch.where(attention_mask[:, -x.shape[1] :].to(x.device).bool()[..., None], x, x.detach())
+
+
 def reorder(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
     """x [B, ...] with the tokens along `dim` in `order` [B, N]."""
     shape = [1] * x.dim()

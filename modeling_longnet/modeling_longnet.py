@@ -39,7 +39,16 @@ from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forwar
 from .chunked_loss import can_be_chunked, chunked_cross_entropy
 from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, prepare_dilated_cache
-from .document_ids import Documents, find_documents, find_pairs, holds_pairs, query_extent, reorder, restore_order
+from .document_ids import (
+    Documents,
+    find_documents,
+    find_pairs,
+    holds_pairs,
+    query_extent,
+    reorder,
+    restore_order,
+    without_gradient_of_padding,
+)
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
 from .transformers_compat import (
     CACHE,
@@ -49,7 +58,6 @@ from .transformers_compat import (
     attention_of,
     capture_outputs,
     has_own_loss,
-    is_initialized_from_checkpoint,
     is_tracing,
     merge_with_config_defaults,
     named_cache,
@@ -271,8 +279,6 @@ class LongNetPreTrainedModel(PreTrainedModel):
         # CODEPATH: with the factor sqrt(hidden_size) this gives token vectors of unit variance, as in torchscale.
         if self.config.scale_embedding and isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.hidden_size**-0.5)
-            if module.padding_idx is not None and not is_initialized_from_checkpoint(module.weight):
-                init.zeros_(module.weight[module.padding_idx])
 
 
 @auto_docstring
@@ -280,12 +286,13 @@ class LongNetModel(LongNetPreTrainedModel):
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
         config.validate_architecture()  # `from_pretrained` sets the fields that it is given after they were checked
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         # CODEPATH: torchscale's no_scale_embedding, which its learned-position and slide encoders set.
         self.embed_scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
 
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # No `padding_idx`: the padding token may be text as well (pad = eos), and the states of a row of zeros stay
+        # exactly zero, where each LayerNorm multiplies the gradient by 1 / sqrt(eps).
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = None
         # CODEPATH: torchscale's decoders without xPos.
         if config.position_embedding_type == "learned":
@@ -406,8 +413,11 @@ class LongNetModel(LongNetPreTrainedModel):
                 **named_cache(cache),  # checkpointed layers set it aside by its name
                 **kwargs,
             )
+        hidden_states = self.norm(hidden_states)
+        if documents.ids is not None and isinstance(cache, DynamicCache | None):  # a static one's mask may be wider
+            hidden_states = without_gradient_of_padding(hidden_states, attention_mask)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             **named_cache(cache),
         )
 

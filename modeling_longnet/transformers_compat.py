@@ -260,10 +260,6 @@ def has_own_adapter(model: nn.Module) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
-def is_initialized_from_checkpoint(parameter: torch.Tensor) -> bool:
-    return getattr(parameter, "_is_hf_initialized", False)
-
-
 def find_file(path_or_repo: str, name: str, **hub) -> str | None:
     """A file of a folder or Hub repository, or None where there is none."""
     return cached_file(path_or_repo, name, _raise_exceptions_for_missing_entries=False, **hub)
@@ -339,12 +335,45 @@ class MadeOtherwise:
 
 
 __all__ = [
-    "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "CACHE", "CACHE_NAMES", "CheckedGenerationMixin",
-    "GENERATION_ATTRIBUTES", "LinearAttentionCacheLayerMixin", "MODEL_DECLARATIONS", "MadeOtherwise", "NEWEST_TESTED",
-    "OLDEST_TESTED", "ROPE_INIT_FUNCTIONS", "SUPPORTS_FLASH_ATTENTION", "UPLOAD", "accept_cache", "and_masks",
-    "attention_of", "auto_class_of", "brings_its_code", "capture_outputs", "causal_lm_class_names",
-    "causal_mask_function", "check_cache_reaches_model", "closed_interface", "code_files", "dynamic_rope_update",
-    "find_file", "first_unread", "forbid_flash_attention", "has_own_adapter", "has_own_loss", "interval",
-    "is_initialized_from_checkpoint", "is_tracing", "merge_with_config_defaults", "named_cache",
-    "passes_through_interface", "refuse_unread", "release", "set_instance_generation", "shifts_labels", "upload",
-]  # fmt: skip
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
+    "CACHE",
+    "CACHE_NAMES",
+    "CheckedGenerationMixin",
+    "GENERATION_ATTRIBUTES",
+    "LinearAttentionCacheLayerMixin",
+    "MODEL_DECLARATIONS",
+    "MadeOtherwise",
+    "NEWEST_TESTED",
+    "OLDEST_TESTED",
+    "ROPE_INIT_FUNCTIONS",
+    "SUPPORTS_FLASH_ATTENTION",
+    "UPLOAD",
+    "accept_cache",
+    "and_masks",
+    "attention_of",
+    "auto_class_of",
+    "brings_its_code",
+    "capture_outputs",
+    "causal_lm_class_names",
+    "causal_mask_function",
+    "check_cache_reaches_model",
+    "closed_interface",
+    "code_files",
+    "dynamic_rope_update",
+    "find_file",
+    "first_unread",
+    "forbid_flash_attention",
+    "has_own_adapter",
+    "has_own_loss",
+    "interval",
+    "is_tracing",
+    "merge_with_config_defaults",
+    "named_cache",
+    "passes_through_interface",
+    "refuse_unread",
+    "release",
+    "set_instance_generation",
+    "shifts_labels",
+    "upload",
+]

@@ -411,7 +411,7 @@ def test_without_sub_layernorm_the_usual_initialisation():
 def test_scaled_embeddings_start_with_unit_variance():
     model = LongNetModel(tiny_config(vocab_size=500, pad_token_id=3))
     assert abs((model.embed_tokens.weight * model.embed_scale).std().item() - 1) < 0.05
-    assert not model.embed_tokens.weight[3].any()
+    assert abs((model.embed_tokens.weight[3] * model.embed_scale).std().item() - 1) < 0.5  # it may be text as well
 
 
 @every_variant
