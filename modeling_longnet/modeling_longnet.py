@@ -37,7 +37,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .chunked_loss import can_be_chunked, chunked_cross_entropy
-from .configuration_longnet import LongNetConfig
+from .configuration_longnet import AUTO_MAP, LongNetConfig
 from .dilated_cache import DilatedCache, prepare_dilated_cache
 from .document_ids import (
     Documents,
@@ -62,6 +62,7 @@ from .transformers_compat import (
     merge_with_config_defaults,
     named_cache,
     refuse_unread,
+    register_class_names,
 )
 
 
@@ -648,6 +649,8 @@ class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrained
         # Initialize weights and apply final processing
         self.post_init()
 
+
+register_class_names(LongNetConfig.model_type, AUTO_MAP)
 
 __all__ = [
     "LongNetForCausalLM",

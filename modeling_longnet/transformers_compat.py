@@ -291,6 +291,19 @@ def causal_lm_class_names() -> dict[str, str]:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def register_class_names(model_type: str, classes: dict[str, str]) -> None:
+    """Puts a model's classes into the tables of names by which Trainer (whether label smoothing shifts labels),
+    pipelines and model cards know what a class is for; `AutoModelForX.register` does not.
+
+    Args:
+        classes: name of the Auto class to file and name of ours, as in a configuration's `auto_map`.
+    """
+    for auto, name in classes.items():
+        if auto.startswith("AutoModelFor"):
+            table = getattr(transformers, auto)._model_mapping._model_mapping
+            table.setdefault(model_type, name.rpartition(".")[2])
+
+
 def code_files(path: str) -> list[str]:
     """The files that a file imports relatively, directly or through each other."""
     from transformers.dynamic_module_utils import get_relative_import_files
@@ -372,6 +385,7 @@ __all__ = [
     "named_cache",
     "passes_through_interface",
     "refuse_unread",
+    "register_class_names",
     "release",
     "set_instance_generation",
     "shifts_labels",
