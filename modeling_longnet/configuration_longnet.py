@@ -106,6 +106,9 @@ class LongNetConfig(PreTrainedConfig):
     drop_path_rate (`float`, *optional*, defaults to 0.0):
         Stochastic depth: probability that the last layer's sub-layers are skipped for a row; it rises linearly from
         0 at the first layer.
+    mlp_chunk_size (`int`, *optional*):
+        Tokens of a row that the feed-forward network computes at a time, where gradients are wanted: its inner states,
+        half of what a layer keeps, are then made anew in the backward pass. Changes no number; None for all at once.
 
     Raises:
         ValueError: for schedules, sizes or position embeddings that have no meaning or cannot be represented.
@@ -167,6 +170,7 @@ class LongNetConfig(PreTrainedConfig):
     hidden_dropout: int | float = 0.0
     activation_dropout: int | float = 0.0
     drop_path_rate: int | float = 0.0
+    mlp_chunk_size: int | None = None
     initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -213,6 +217,8 @@ class LongNetConfig(PreTrainedConfig):
         for name in (*names, "num_key_value_heads", "max_position_embeddings", "xpos_scale_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.mlp_chunk_size is not None and self.mlp_chunk_size < 1:
+            raise ValueError(f"`mlp_chunk_size` must be None or at least 1 token, got {self.mlp_chunk_size}.")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 "`hidden_size` must be a multiple of `num_attention_heads` when `head_dim` is not given, got "

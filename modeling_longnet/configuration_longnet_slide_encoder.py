@@ -96,6 +96,7 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
     scale_embedding = False
     attention_bias = True
     mlp_bias = True
+    mlp_chunk_size = None
 
     in_chans: int = 1536
     hidden_size: int = 768

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -194,8 +195,17 @@ class LongNetMLP(nn.Module):
             self.ffn_layernorm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
         mark_magneto_gains(config, {self.fc1: True, self.fc2: True})
         self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size = config.mlp_chunk_size
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        chunk_size = self.chunk_size or hidden_states.shape[1]
+        if hidden_states.shape[1] <= chunk_size or not torch.is_grad_enabled():
+            return self.feed_forward(hidden_states)
+        chunks = hidden_states.split(chunk_size, dim=1)
+        return torch.cat([checkpoint(self.feed_forward, chunk, use_reentrant=False) for chunk in chunks], dim=1)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, Q, hidden_size], each token by itself."""
         hidden_states = self.act_fn(self.fc1(hidden_states))
         hidden_states = nn.functional.dropout(hidden_states, p=self.activation_dropout, training=self.training)
         return self.fc2(self.ffn_layernorm(hidden_states))

@@ -625,3 +625,34 @@ def test_tensor_parallel_equals_whole(tmp_path):
     done = subprocess.run([*launch, str(worker), str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 45, 100])
+def test_a_feed_forward_in_chunks_changes_no_number(chunk_size):
+    ids, results = torch.randint(3, 61, (2, 45)), []
+    for size in (None, chunk_size):
+        torch.manual_seed(0)
+        model = LongNetForCausalLM(tiny_config(mlp_chunk_size=size)).train()
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            logits = model.eval()(ids).logits
+        results.append((logits, *(p.grad for p in model.parameters())))
+    for a, b in zip(*results):
+        assert_close(a, b, **CLOSE)
+
+
+def test_a_feed_forward_in_chunks_keeps_less_for_the_backward():
+    """Its inner states, 6 times the input here, are made anew: saved tensors are counted, each storage once."""
+    kept = []
+    for size in (None, 16):
+        model = LongNetForCausalLM(tiny_config(mlp_chunk_size=size, intermediate_size=192, num_hidden_layers=1)).train()
+        storages = {}
+
+        def note(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            model(torch.randint(3, 61, (1, 512)), labels=torch.randint(3, 61, (1, 512)))
+        kept.append(sum(storages.values()))
+    assert kept[1] < 0.7 * kept[0]
