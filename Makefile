@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What `make test-newest` and `make test-oldest` install; say TORCH='torch==2.13.0' and the like for others.
 TRANSFORMERS ?= transformers
 TORCH ?= torch
+REV ?= HEAD~1
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -q -rfE $(PYTEST_ARGS)
 
-.PHONY: help test test-newest test-oldest test-release lint demo demo-train install lock clean
+.PHONY: help test test-newest test-oldest test-release bench-against lint demo demo-train install lock clean
 
 help:
 	@echo "make test        create $(VENV) if need be, then ruff and pytest"
@@ -18,6 +19,7 @@ help:
 	@echo "make demo-train  train a small LongNet on a real text and sample from it"
 	@echo "make test-newest, make test-oldest    the tests with the newest and the oldest releases, each in its own"
 	@echo "                 environment: what to run when a release of Transformers or PyTorch appears"
+	@echo "make bench-against REV=HEAD~1    CPU time of operator, prefill, decoding and training beside that commit's"
 	@echo "make lint        ruff alone"
 	@echo "make install     $(VENV) with the package in editable mode and the tools of the tests"
 	@echo "make lock        make constraints.txt anew: what \`make test\` and \`make demo\` install"
@@ -42,6 +44,9 @@ test-release:
 	$(PIP) --upgrade --no-build-isolation '$(TORCH)' -e '.[dev,quantization]'
 	$(PIP) --upgrade '$(TRANSFORMERS)' '$(TORCH)'
 	$(call RUN_TESTS,$(VENV))
+
+bench-against: install
+	$(BIN)/python -m examples.benchmarks.bench_against $(REV)
 
 lint: install
 	$(BIN)/ruff check .
