@@ -1,0 +1,2 @@
+def record(*a): print(a)
+def write_docs(): pass
