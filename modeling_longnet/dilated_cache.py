@@ -10,10 +10,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging
 
+from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
 from .dilation_schedule import DilationSchedule
 from .document_ids import Documents, find_documents, restore_order
-from .transformers_compat import CACHE, LinearAttentionCacheLayerMixin, attention_of
+from .transformers_compat import CACHE, LinearAttentionCacheLayerMixin, attention_of, exporter_is_loaded
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +66,11 @@ class DilatedCache(DynamicCache):
         ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values.
     """
 
+    __slots__ = ("schedule",)  # see `Clock`
+
     def __init__(self, config, max_length: int | None = None):
+        if exporter_is_loaded():
+            register_for_export(type(self))
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
         self.schedule = DilationSchedule.from_config(config)

@@ -54,7 +54,12 @@ class Clock:
     positions: tokens of each row that are in the slots, int64 [B]. seen: all columns, padding included, int64 [].
     waiting: columns that wait for a `crop` to be kept; pads: how many of them are padding on the left, int64 [B].
     had_padding_behind: whether padding ever stood behind a row's tokens, so that `position_ids` may have lost count.
+
+    What refers back, or cannot be set, stands in slots: Transformers' exporters walk through the `__dict__` of whatever
+    a cache holds as through a tree, setting each attribute.
     """
+
+    __slots__ = ("__dict__", "layers")
 
     def __init__(self):
         self.layers: list[DilatedLayer] = []
@@ -178,6 +183,7 @@ class DilatedLayer(CacheLayerMixin):
     `update` is for models that know no other method; it marks the keys so that a patched attention finds the layer.
     """
 
+    __slots__ = ("layout", "schedule", "tables")  # see `Clock`
     is_croppable = True
     is_sliding = False
 
@@ -217,6 +223,13 @@ class DilatedLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.keys)
             torch._dynamo.mark_static_address(self.values)
+        self.is_initialized = True
+
+    def continue_with(self, keys: torch.Tensor, values: torch.Tensor, layout: SlotLayout) -> None:
+        """Goes on with the slots [B, G, S, D] that another layer filled in this layout."""
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.batch_size = keys.dtype, keys.device, len(keys)
+        self._set_layout(layout)
         self.is_initialized = True
 
     def _set_layout(self, layout: SlotLayout) -> None:

@@ -121,7 +121,8 @@ class SlotLayout:
         return self.size
 
     def tables(self, device: torch.device) -> Tables:
-        return _tables(self, device)
+        # What is made while a program is traced must not be found by others.
+        return (_tables.__wrapped__ if torch.compiler.is_compiling() else _tables)(self, device)
 
     def live(self, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Which slots the queries at `positions` [B] see, bool [B, H, allocated]; their own rows are written before."""

@@ -58,9 +58,24 @@ def holds_pairs(attention_mask: torch.Tensor | None) -> bool:
     return attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
 
 
-def _check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length: int, key_length: int) -> None:
-    encoded = ((batch_size, 1, 1, key_length), (batch_size, 1, 2, key_length))
-    if attention_mask.shape in encoded and not holds_pairs(attention_mask):
+# What `encode_documents` adds, so that other integers are told from ids: they are then negative, or of this size.
+_NO_DOCUMENT = torch.iinfo(torch.int32).min
+_FIRST = 2**31
+
+
+def _is_encoded(attention_mask: torch.Tensor) -> bool:
+    if attention_mask.dtype == torch.int32:
+        return is_tracing(attention_mask) or bool((attention_mask < 0).all())
+    if attention_mask.dtype != torch.int64:
+        return False
+    return is_tracing(attention_mask) or bool((attention_mask & (2 * _FIRST - 1) >= _FIRST).all())
+
+
+def _check_attention_mask(
+    attention_mask: torch.Tensor, batch_size: int, query_length: int, length: int, key_length: int
+) -> None:
+    encoded = ((batch_size, 1, 1, key_length), (batch_size, 1, query_length, key_length))
+    if attention_mask.shape in encoded and _is_encoded(attention_mask):
         return
     if attention_mask.dim() != 2:
         raise ValueError(
@@ -168,15 +183,31 @@ def _side_by_side_order(
     return real.to(torch.uint8).argsort(dim=1, stable=True), split[:, : int(query_offset)].any(1, keepdim=True)
 
 
+def encode_documents(documents: Documents) -> torch.Tensor | None:
+    """Documents as an `attention_mask` of integers [B, 1, 1, N] for another call of `find_documents`, None for None.
+
+    Without an order the dtype is int32, with one it is int64: a traced program can tell dtypes apart, not values. Masks
+    of consecutive steps may be put together along the dimension of the queries.
+    """
+    ids, order = documents.ids, documents.order
+    if ids is None:
+        return None
+    code = (ids + (1 + _NO_DOCUMENT)).int() if order is None else (ids << 32) + order + _FIRST
+    return code[:, None, None]
+
+
 def _read_ids(attention_mask: torch.Tensor, slots: torch.Tensor) -> Documents:
-    """The documents out of what `find_documents` made of a mask before, integers [B, 1, 1 or 2, N]; slots [Q]."""
-    ids = attention_mask[:, 0, 0]
-    positions = _positions(ids)[:, slots]
-    if attention_mask.shape[2] == 1:
-        return Documents(ids, None, positions)
-    order = attention_mask[:, 0, 1]
+    """The documents that `encode_documents` wrote down; slots [Q].
+
+    Of several steps the last one counts: it knows all tokens, and no earlier query sees those behind it.
+    """
+    code = attention_mask[:, 0, -1].long()
+    if attention_mask.dtype == torch.int32:
+        ids = code - (1 + _NO_DOCUMENT)
+        return Documents(ids, None, _positions(ids)[:, slots])
+    ids, order = code >> 32, (code & (2 * _FIRST - 1)) - _FIRST
     is_split = (order != torch.arange(order.shape[1], device=order.device)).any(1, keepdim=True)
-    return Documents(ids, order, positions, is_split)
+    return Documents(ids, order, _positions(ids)[:, slots], is_split)
 
 
 def find_documents(
@@ -199,8 +230,8 @@ def find_documents(
         positions       0 0 0 1 2 3        positions     0 1 2 0 1 0
 
     Args:
-        attention_mask: [B, query_offset + Q], 1 for tokens, 0 for padding; or the ids that this function made of one,
-            as an integer tensor [B, 1, 1, N], or with the order, if there is one, as [B, 1, 2, N].
+        attention_mask: [B, query_offset + Q], 1 for tokens, 0 for padding; or what `encode_documents` made of what this
+            function gave, [B, 1, 1 or Q, N].
         position_ids: [B, Q] or [1, Q].
         query_offset: index of the first query among the keys; a 0-dim tensor for static caches.
         key_length: N. Beyond the last query there may be room that a static cache has not filled yet.
@@ -212,7 +243,7 @@ def find_documents(
     slots = query_offset + torch.arange(query_length, device=device)
     length = query_offset + query_length if isinstance(query_offset, int) else query_length
     if attention_mask is not None:
-        _check_attention_mask(attention_mask, batch_size, length, key_length)
+        _check_attention_mask(attention_mask, batch_size, query_length, length, key_length)
         if attention_mask.dim() == 4:
             return _read_ids(attention_mask, slots)
     elif position_ids is None:

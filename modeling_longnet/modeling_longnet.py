@@ -42,6 +42,7 @@ from .configuration_longnet import AUTO_MAP, LongNetConfig
 from .dilated_cache import DilatedCache, prepare_dilated_cache
 from .document_ids import (
     Documents,
+    encode_documents,
     find_documents,
     find_pairs,
     holds_pairs,
@@ -504,17 +505,15 @@ class LongNetForCausalLM(LongNetLanguageModelHead, LongNetPreTrainedModel, Check
         position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | None:
-        """An `attention_mask` for `forward`: document ids of the keys [B, 1, 1, N], or [B, 1, 2, N] with an order."""
+        """An `attention_mask` for `forward`: the documents of the keys as integers [B, 1, 1, N]."""
         refuse_unread("LongNet's masks", kwargs)
         (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
         _, documents = read_documents(
             attention_mask, position_ids, cache, batch_size, query_length, device
         )
-        if documents.order is None:
-            return None if documents.ids is None else documents.ids[:, None, None]
-        if query_length == documents.ids.shape[1]:
+        if documents.order is not None and query_length == documents.ids.shape[1]:
             return attention_mask
-        return torch.stack([documents.ids, documents.order], dim=1)[:, None]
+        return encode_documents(documents)
 
     @accept_cache
     @can_return_tuple

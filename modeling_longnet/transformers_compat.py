@@ -22,6 +22,7 @@ A release may make us refuse, never make us wrong: names that are looked up here
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -240,6 +241,11 @@ def attention_of(config) -> str:
     return config._attn_implementation
 
 
+def exporter_is_loaded() -> bool:
+    """Whether Transformers' exporters are in use, which register each class of caches for `torch.export`."""
+    return "transformers.exporters.exporter_dynamo" in sys.modules
+
+
 def closed_interface(functions: dict[str, Callable]) -> AttentionInterface:
     """Attention functions by name, without those that the library or others have registered."""
     return type("ClosedAttentionInterface", (AttentionInterface,), {"_global_mapping": functions})()
@@ -374,6 +380,7 @@ __all__ = [
     "closed_interface",
     "code_files",
     "dynamic_rope_update",
+    "exporter_is_loaded",
     "find_file",
     "first_unread",
     "forbid_flash_attention",

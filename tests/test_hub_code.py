@@ -42,6 +42,7 @@ CODE = {
     # the bounded cache
     "dilated_cache.py",
     "dilated_cache_attention.py",
+    "dilated_cache_export.py",
     "dilated_cache_layer.py",
     "dilated_cache_layout.py",
     "visible_attention.py",

@@ -1,16 +1,17 @@
 """The class that Transformers' own tests are run on, laid out beside them by `run_upstream_tests.py`.
 
-It is what each decoder model of Transformers has: its causal-LM tester with the model's classes. No check is overridden.
+It is what each decoder model of Transformers has: its causal-LM tester with the model's classes. No check of the tests
+is overridden.
 """
 
 import unittest
 
+from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 from transformers.models.auto import modeling_auto
 
 import modeling_longnet
 from modeling_longnet import LongNetModel
 from tests import test_fsdp_mixin, test_tensor_parallel_mixin
-from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 
 
 # The mixins know what a class is for by these tables of names, which Transformers keeps for its own models.

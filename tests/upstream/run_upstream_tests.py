@@ -162,7 +162,7 @@ def main() -> int:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
         "UPSTREAM_RESULTS": str(results), "HF_HUB_OFFLINE": "1", "RUN_SLOW": "0" if arguments.fast else "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "--disable-warnings"]
     status = subprocess.run([*command, *arguments.pytest, "tests/models"], cwd=root, env=environment).returncode
     if is_whole and status in (0, 1, 5):  # done, with or without failures; 5: an earlier run has done all
         record(release, results, changes, " ".join(map(shlex.quote, ["python", *sys.argv])))
