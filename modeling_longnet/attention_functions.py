@@ -23,7 +23,7 @@ from torch import nn
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 
-from .dilated_attention import dilated_attention
+from .dilated_attention import ELSEWHERE, dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
 from .document_ids import holds_pairs
 from .transformers_compat import closed_interface
@@ -110,7 +110,8 @@ def fused_attention_forward(
         )
         backend = "eager"
     arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
-    output = dilated_attention(query, key, value, **arguments, backend=backend)
+    elsewhere = getattr(kwargs.get(ELSEWHERE), "attend", None)
+    output = dilated_attention(query, key, value, **arguments, backend=backend, elsewhere=elsewhere)
     return output.transpose(1, 2).contiguous(), None
 
 

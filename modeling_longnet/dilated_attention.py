@@ -17,14 +17,8 @@ from .dilation_plan import plan_blocks
 from .dilation_schedule import DilationSchedule
 
 
-class Elsewhere:
-    """While `attend` is set, it computes the operator: only some of the keys are at hand (see sequence_parallel.py)."""
-
-    def __init__(self):
-        self.attend: Callable[..., torch.Tensor] | None = None
-
-
-elsewhere = Elsewhere()
+# The argument of models by which attention functions get an object whose `attend` they hand on as `elsewhere`.
+ELSEWHERE = "sequence_parallel"
 
 
 def find_runs(document_ids: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, int, int]]:
@@ -247,6 +241,7 @@ def dilated_attention(
     query_offset: int | torch.Tensor | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    elsewhere: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Dilated attention of LongNet, exact, at a cost of sum over i of w_i / r_i keys per query.
 
@@ -270,6 +265,7 @@ def dilated_attention(
         backend: "eager" (plain PyTorch: dropout, second derivatives), "sdpa" (PyTorch's fused kernels),
             "flash_attention_2" (the flash-attn package), or None for the best that can run these inputs.
         return_lse: also return the log-sum-exp of the logits.
+        elsewhere: what computes the operator where only some of the keys are at hand (see sequence_parallel.py).
 
     Returns:
         out [B, H, Q, D] in the dtype of `query`; with `return_lse` also lse [B, H, Q] (float32; float64 for float64).
@@ -291,9 +287,9 @@ def dilated_attention(
     _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
     backend = choose_backend(backend, query, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if elsewhere.attend is not None:
+    if elsewhere is not None:
         settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
-        return elsewhere.attend(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
+        return elsewhere(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
     if backend == "eager":
         heads = (head_index_offset, total_num_heads)
         out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)

@@ -4,8 +4,11 @@ Letters: B batch, H query heads, G key/value heads, Q query tokens, P tokens tha
 are the last of them), S slots, D head dimension.
 """
 
+import json
 import math
 import re
+from dataclasses import asdict
+from functools import lru_cache
 
 import torch
 
@@ -96,20 +99,23 @@ def attend_chunk(
     return torch.cat(outs).index_select(0, order.argsort())
 
 
-# A compiled forward sees chunks as one opaque operator. Operators take no Python objects, so layouts go by name.
-_layouts: dict[str, SlotLayout] = {}
-
-
+# A compiled forward sees chunks as one opaque operator. Operators take no Python objects, so layouts go as text.
 def layout_name(layout: SlotLayout) -> str:
-    """A name by which the compiled operator finds the layout."""
-    name = repr(layout)
-    _layouts[name] = layout
-    return name
+    """The layout as the compiled operator takes it."""
+    return json.dumps(asdict(layout))
+
+
+@lru_cache(maxsize=64)
+def read_layout_name(name: str) -> SlotLayout:
+    """The layout that `layout_name` wrote."""
+    fields = json.loads(name)
+    schedule = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["schedule"].items()}
+    return SlotLayout(**{**fields, "schedule": DilationSchedule(**schedule)})
 
 
 def _compiled_chunk(query, key, value, slots_key, slots_value, origins, pads, layout, scale, backend):
     out = attend_chunk(
-        query, key, value, (slots_key, slots_value), _layouts[layout], origins.tolist(), pads.tolist(), scale,
+        query, key, value, (slots_key, slots_value), read_layout_name(layout), origins.tolist(), pads.tolist(), scale,
         backend or None,
     )  # fmt: skip
     return out.contiguous()

@@ -17,7 +17,6 @@ The settings of a patch live in `config.dilated_attention`, nowhere else: a mode
 import contextlib
 import hashlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +25,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from .dilated_attention import dilated_attention
+from .dilated_attention import ELSEWHERE, dilated_attention
 from .dilated_cache_layer import DilatedLayer
 from .document_ids import check_position_ids
 from .transformers_compat import (
@@ -56,6 +55,8 @@ ORIGINALS = {name: original for original, name in IMPLEMENTATIONS.items()}
 
 # An attribute of attention modules whose rotary embeddings a patch has scaled: settings alone do not scale them.
 SCALED_MARK = "_reads_scaled_positions"
+# An attribute of all modules of a model that is being probed.
+PROBE_MARK = "_attention_probe"
 
 # Arguments that some model passes to its attention and that change the result.
 UNSUPPORTED_ARGUMENTS = {
@@ -91,18 +92,17 @@ class Probe:
     calls: list[AttentionCall] = field(default_factory=list)
 
 
-_active_probe: Probe | None = None
-
-
 @contextlib.contextmanager
-def probing() -> Iterator[Probe]:
-    """While open, the attention functions of this file record who calls them, and return zeros."""
-    global _active_probe
-    _active_probe = Probe()
+def probing(model: torch.nn.Module) -> Iterator[Probe]:
+    """While open, the attention functions of this file record which modules of this model call, and return zeros."""
+    probe, modules = Probe(), list(model.modules())
+    for module in modules:
+        setattr(module, PROBE_MARK, probe)
     try:
-        yield _active_probe
+        yield probe
     finally:
-        _active_probe = None
+        for module in modules:
+            delattr(module, PROBE_MARK)
 
 
 def unsupported_reason(
@@ -273,24 +273,19 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
     return Layout(begins.cumsum(1) if is_packed else None, at, is_packed)
 
 
-def _nothing() -> None:
-    """Stands for a reference to no tensor."""
-
-
-_last_layout: tuple = (_nothing, _nothing, None, None)
+# An attribute of a compact mask, which lives as long as a forward: what `read_layout` found, and in what.
+LAYOUT_MARK = "_read_layout"
 
 
 def layout_of(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
     """`read_layout`, computed once per forward although every layer asks: it looks at values, which waits for a GPU."""
-    global _last_layout
     if torch.compiler.is_compiling() or any(x is not None and x.is_inference() for x in (mask, position_ids)):
         return read_layout(mask, position_ids, query_length)
-    stamp = (mask._version, None if position_ids is None else position_ids._version)
-    mask_ref, positions_ref, last_stamp, layout = _last_layout
-    if mask_ref() is mask and positions_ref() is position_ids and last_stamp == stamp:
-        return layout
-    layout = read_layout(mask, position_ids, query_length)
-    _last_layout = (weakref.ref(mask), _nothing if position_ids is None else weakref.ref(position_ids), stamp, layout)
+    stamp = (query_length, mask._version, None if position_ids is None else position_ids._version)
+    read_from, read_at, layout = getattr(mask, LAYOUT_MARK, (None, None, None))
+    if layout is None or read_from is not position_ids or read_at != stamp:
+        layout = read_layout(mask, position_ids, query_length)
+        setattr(mask, LAYOUT_MARK, (position_ids, stamp, layout))
     return layout
 
 
@@ -464,6 +459,7 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
         document_ids=layout.document_ids,
         query_offset=layout.query_offset,
         backend=settings["backend"],
+        elsewhere=getattr(kwargs.get(ELSEWHERE), "attend", None),
     )
 
 
@@ -480,9 +476,10 @@ def make_attention_function(original: str) -> Callable:
         scaling: float | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if _active_probe is not None:
+        probe = getattr(module, PROBE_MARK, None)
+        if probe is not None:
             reason = unsupported_reason(module, query, key, value, kwargs)
-            _active_probe.calls.append(AttentionCall(module, reason, query.shape[1], tuple(key.shape), key.itemsize))
+            probe.calls.append(AttentionCall(module, reason, query.shape[1], tuple(key.shape), key.itemsize))
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
         settings = _patched_settings(module)
         if module.layer_idx not in settings["layers"]:

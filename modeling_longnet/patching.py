@@ -108,9 +108,8 @@ def _probe(model: PreTrainedModel) -> list[AttentionCall]:
     input_ids = torch.zeros(1, 2, dtype=torch.long, device="cpu" if offloaded else embedding.device)
     training = {module: module.training for module in model.modules()}
     model.eval()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), probing() as probe:
+        with torch.no_grad(), probing(model) as probe:
             model(input_ids=input_ids, use_cache=False)
     finally:
         for module, mode in training.items():
@@ -233,38 +232,50 @@ def patch_model(
     base = _unwrap(model)
     _refuse_model(base)
     original = attention_of(base.config)
-    base.set_attn_implementation(IMPLEMENTATIONS[original])
-    undo = []
+    settings_before = getattr(base.config, "dilated_attention", None)  # of a model that was saved patched
+    undo = base._undo_dilated_attention = []
     try:
+        base.set_attn_implementation(IMPLEMENTATIONS[original])
         calls = _probe(base)
         reasons = _find_layers(base, calls)
         chosen = _choose_layers(base, reasons, layers)
         undo += guard_learned_positions(base, schedule)
         undo += scale_rotary_embeddings(base, schedule, rope_scaling)
         undo += _mark_scaled([call.module for call in calls] if rope_scaling else [])
+        base.config.dilated_attention = {
+            "segment_lengths": list(schedule.segment_lengths),
+            "dilation_rates": list(schedule.dilation_rates),
+            "head_offsets": head_offsets,
+            "overlap": overlap,
+            "num_sink_tokens": num_sink_tokens,
+            "local": local,
+            "layers": chosen,
+            "backend": backend,
+            "rope_scaling": rope_scaling,
+        }
+        _set_instance_attributes(base)
+        base.add_model_tags(list(TAGS))
+        record_in_adapters()
+        base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
     except BaseException:
-        for step in undo:
-            step()
-        base.set_attn_implementation(original)
+        _take_back(base, original)
+        if settings_before is not None:
+            base.config.dilated_attention = settings_before
         raise
-    base.config.dilated_attention = {
-        "segment_lengths": list(schedule.segment_lengths),
-        "dilation_rates": list(schedule.dilation_rates),
-        "head_offsets": head_offsets,
-        "overlap": overlap,
-        "num_sink_tokens": num_sink_tokens,
-        "local": local,
-        "layers": chosen,
-        "backend": backend,
-        "rope_scaling": rope_scaling,
-    }
-    base._undo_dilated_attention = undo
-    _set_instance_attributes(base)
-    base.add_model_tags(list(TAGS))
-    record_in_adapters()
-    base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
     logger.info(str(base.dilated_attention_report))
     return model
+
+
+def _take_back(model: PreTrainedModel, original: str) -> None:
+    """Undoes a patch, or as much of one as was done, over the attention `original`."""
+    for step in getattr(model, "_undo_dilated_attention", ()):
+        step()
+    for name in INSTANCE_ATTRIBUTES:
+        model.__dict__.pop(name, None)
+    model.model_tags = [tag for tag in model.model_tags or () if tag not in TAGS] or None
+    if hasattr(model.config, "dilated_attention"):
+        del model.config.dilated_attention
+    model.set_attn_implementation(original)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -282,13 +293,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             f"{type(base).__name__} was patched by code that came with it from the Hub: load it without "
             "`trust_remote_code` to have the original."
         )
-    for step in getattr(base, "_undo_dilated_attention", ()):
-        step()
-    for name in INSTANCE_ATTRIBUTES:
-        base.__dict__.pop(name, None)
-    base.model_tags = [tag for tag in base.model_tags or () if tag not in TAGS] or None
-    del base.config.dilated_attention
-    base.set_attn_implementation(original)
+    _take_back(base, original)
     return model
 
 

@@ -44,16 +44,15 @@ def guard_learned_positions(model: PreTrainedModel, schedule: DilationSchedule) 
     Raises:
         ValueError: for a schedule with segments that such a table can never fill.
     """
-    undo = []
-    for module, rows in learned_tables(model):
+    tables = learned_tables(model)
+    for _, rows in tables:
         if schedule.segment_lengths[-1] > rows:
             raise ValueError(
                 f"`segment_lengths` must not exceed the {rows} learned positions of {type(model).__name__}, got "
                 f"{schedule.segment_lengths[-1]}: the model cannot read further."
             )
-        if type(module) is nn.Embedding:
-            undo.append(module.register_forward_pre_hook(_refuse_beyond_table).remove)
-    return undo
+    plain = [module for module, _ in tables if type(module) is nn.Embedding]
+    return [module.register_forward_pre_hook(_refuse_beyond_table).remove for module in plain]
 
 
 def scaled_rope_parameters(config, rope_scaling: dict) -> dict:
@@ -102,16 +101,16 @@ def scale_rotary_embeddings(
         raise ValueError(f"`rope_scaling` was given, but {type(model).__name__} has no rotary embeddings to scale.")
     config = copy.deepcopy(model.config)
     config.rope_parameters = scaled_rope_parameters(config, rope_scaling)
-    undo = []
+    scaled = {}
     for name, old in rotary.items():
         buffer = next(old.buffers())
-        new = type(old)(config=config).to(buffer.device)
+        scaled[name] = type(old)(config=config).to(buffer.device)
         if hasattr(old, "_hf_hook"):
             # No import statement: what those name, Transformers demands of all who load this code from the Hub.
-            importlib.import_module("accelerate.hooks").add_hook_to_module(new, old._hf_hook)
+            importlib.import_module("accelerate.hooks").add_hook_to_module(scaled[name], old._hf_hook)
+    for name, new in scaled.items():  # now that nothing can fail any more
         _replace(model, name, new)
-        undo.append(functools.partial(_restore_rotary, model, name, old))
-    return undo
+    return [functools.partial(_restore_rotary, model, name, old) for name, old in rotary.items()]
 
 
 def _restore_rotary(model: nn.Module, name: str, old: nn.Module) -> None:

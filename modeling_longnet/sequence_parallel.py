@@ -18,19 +18,17 @@ Letters: B batch, N tokens of a text, n tokens of a rank's slice, D head dimensi
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .attention_kernels import get_kernel
-from .dilated_attention import dilated_attention
 from .dilation_schedule import DilationSchedule
+from .document_ids import without_gradient_of_padding
 from .sequence_exchange import Exchange, Heads, plan_exchange, sharded_attention
 from .sequence_shards import SHARD, Place, Shard, ShardingCollator, locate_longnet, locate_patched
 from .transformers_compat import CACHE_NAMES, attention_of, causal_lm_class_names
@@ -44,7 +42,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class ShardedForward:
-    """One forward of a slice: it travels to the attention modules as an argument, so that a recomputation (gradient
+    """One forward of a slice: it travels to the attention functions as an argument, so that a recomputation (gradient
     checkpointing) finds the place of its own batch, in whatever order forwards and backwards follow each other."""
 
     is_read_by_hooks = True  # so that models pass it on
@@ -135,49 +133,8 @@ def _model_problem(model: nn.Module, outer: nn.Module) -> str | None:
     return None
 
 
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that call the operator. (Hooks of the layers themselves do not run when a layer is recomputed.)"""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    found = [m for layer in layers for m in layer.children() if hasattr(m, "layer_idx")]
-    if len(found) != model.config.num_hidden_layers:
-        raise ValueError(
-            f"{type(model).__name__} has {model.config.num_hidden_layers} layers, but {len(found)} attention modules "
-            "with a `layer_idx` in them: sequence parallelism would not reach them all."
-        )
-    return found
-
-
 def _pre_hooks(module: nn.Module) -> list[Callable]:
     return list(module._forward_pre_hooks.values())
-
-
-def _operator_module(attention: nn.Module) -> str:
-    """Name of the module of the operator that a module calls: code loaded from the Hub has an operator of its own."""
-    return getattr(sys.modules[type(attention).__module__], "dilated_attention", dilated_attention).__module__
-
-
-class _AttentionHooks:
-    """Hands the forward that an attention module gets as an argument to the operator, while the module runs."""
-
-    def __init__(self, operator_module: str):
-        self.operator_module = operator_module
-        self.elsewhere = sys.modules[operator_module].elsewhere
-
-    def __deepcopy__(self, memo: dict) -> "_AttentionHooks":
-        return self
-
-    def __reduce__(self):
-        return _AttentionHooks, (self.operator_module,)
-
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if SHARD not in kwargs:
-            return None
-        kwargs = dict(kwargs)
-        self.elsewhere.attend = kwargs.pop(SHARD).attend
-        return args, kwargs
-
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.elsewhere.attend = None
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -307,10 +264,6 @@ class SequenceParallel:
         backbone = base.base_model
         if any(getattr(getattr(hook, "func", None), "__self__", None) is self for hook in _pre_hooks(backbone)):
             return
-        for attention in _attention_modules(base):
-            hooks = _AttentionHooks(_operator_module(attention))
-            attention.register_forward_pre_hook(hooks.before, with_kwargs=True)
-            attention.register_forward_hook(hooks.after, always_call=True)
         if getattr(base.config, "position_embedding_type", None) == "xpos":
             backbone.xpos.register_forward_pre_hook(self._place_xpos, with_kwargs=True)
         loss_type = None if base is backbone else _loss_type(base)
@@ -391,16 +344,25 @@ class SequenceParallel:
             )
         return args, kwargs | {"position_ids": place.document_positions.to(args[0].device)}
 
-    def _leave(self, backbone: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
         """After the backbone: did every layer's attention look across the ranks?"""
         if self._is_disabled:
-            return
+            return None
         layers, calls = backbone.config.num_hidden_layers, len(self._forward.exchanges)
         if calls != layers:
             raise ValueError(
                 f"{layers} layers, but {calls} looked across the ranks: the others saw their own slice only. Does the "
                 "model pass its keyword arguments on to its attention?"
             )
+        shard = self._forward.shard
+        if not _is_longnet(backbone.config) or shard.attention_mask is None:
+            return None
+        # As a LongNet does, from whose sight the hook before has taken the padding.
+        states = without_gradient_of_padding(output[0], shard.cut(shard.attention_mask))
+        if isinstance(output, tuple):
+            return states, *output[1:]
+        output.last_hidden_state = states
+        return output
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

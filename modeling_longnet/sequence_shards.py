@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from .dilated_attention import find_runs
+from .dilated_attention import ELSEWHERE, find_runs
 from .document_ids import find_documents
 from .patched_attention import dilated_mask, read_layout
 from .sequence_exchange import SequenceLayout
 
 
-SHARD = "sequence_parallel"  # the entry of a batch, and the argument of the model, that holds its `Shard`
+SHARD = ELSEWHERE  # the entry of a batch, and the argument of the model, that holds its `Shard`
 PADDING_VALUES = {"labels": -100, "shift_labels": -100}
 # What padding-free collators add for flash attention; the documents are in `position_ids` too.
 DROPPED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
