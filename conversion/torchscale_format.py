@@ -240,6 +240,7 @@ def _check_expressible(config: LongNetConfig) -> None:
         "head_offsets": "contiguous",
         "overlap": "count",
         "num_sink_tokens": 0,
+        "local": "segment",
         "padding": "mask" if config.is_causal else "zeros",
         "num_key_value_heads": config.num_attention_heads,
         "attention_bias": True,

@@ -51,6 +51,7 @@ def operator_arguments(
         "overlap": config.overlap,
         "num_sink_tokens": config.num_sink_tokens,
         "padding": config.padding,
+        "local": config.local,
         "scale": scaling,
         "dropout": dropout,
         "document_ids": attention_mask,

@@ -81,6 +81,9 @@ class LongNetConfig(PreTrainedConfig):
         `"count"`: a key that m patterns offer counts m times in the softmax (the paper); `"once"`: it counts once.
     num_sink_tokens (`int`, *optional*, defaults to 0):
         Number of first tokens of each document that every query sees, each counted once.
+    local (`str`, *optional*, defaults to `"segment"`):
+        `"sliding"` replaces the first pattern by a causal sliding window of w_0 // 2 tokens, behind a dense first
+        segment; see [`DilationSchedule`].
     padding (`str`, *optional*, defaults to `"mask"`):
         `"zeros"` lets the zero keys with which torchscale fills incomplete segments take part in the softmax, as its
         published bidirectional checkpoints were trained.
@@ -154,6 +157,7 @@ class LongNetConfig(PreTrainedConfig):
     head_offsets: str = "modulo"
     overlap: str = "count"
     num_sink_tokens: int = 0
+    local: str = "segment"
     padding: str = "mask"
     is_causal: bool = True
     position_embedding_type: str = "xpos"
@@ -307,7 +311,8 @@ class LongNetConfig(PreTrainedConfig):
         Then xPos counts from that segment's middle, and texts of any length can be represented.
         """
         largest = self.segment_lengths[-1]
-        return self.num_sink_tokens == 0 and all(largest % length == 0 for length in self.segment_lengths)
+        is_plain = self.num_sink_tokens == 0 and self.local == "segment"
+        return is_plain and all(largest % length == 0 for length in self.segment_lengths)
 
     @property
     def xpos_range(self) -> int:

@@ -92,6 +92,7 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
     is_causal = False
     overlap = "count"
     num_sink_tokens = 0
+    local = "segment"
     position_embedding_type = "none"
     scale_embedding = False
     attention_bias = True
@@ -157,6 +158,11 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: what the fields must satisfy together."""
         self._check_sizes()
+        for name in ("is_causal", "overlap", "num_sink_tokens", "local", "position_embedding_type"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"`{name}` of a slide encoder is {getattr(type(self), name)!r}, got {getattr(self, name)!r}."
+                )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 "`hidden_size` must be a multiple of `num_attention_heads`, got "

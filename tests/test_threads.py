@@ -25,7 +25,7 @@ MUTATORS = {"add", "append", "clear", "discard", "extend", "insert", "pop", "pop
 
 
 def changed_names(tree: ast.Module) -> set[str]:
-    """Names of a module whose object some function of it changes: `x[...] = `, `x.y = `, `x.append(...)`, `global x`."""
+    """Names of which some function changes the object: `x[...] = `, `x.y = `, `x.append(...)`, `global x`."""
     found = set()
     for function in ast.walk(tree):
         if not isinstance(function, (ast.FunctionDef, ast.Lambda)):
@@ -73,6 +73,10 @@ def llama(seed: int = 0, **settings) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=61, max_position_embeddings=128, initializer_range=0.3, **sizes, **settings)
     return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128)).eval()
 
 
 @contextlib.contextmanager
@@ -179,8 +183,7 @@ def test_patching_in_many_threads_at_once():
     "_set_instance_attributes", "record_in_adapters", "make_report",
 ])  # fmt: skip
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("make", [llama, lambda: GPT2LMHeadModel(
-    GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128)).eval()], ids=["llama", "gpt2"])  # fmt: skip
+@pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_patch_that_fails_leaves_the_model_as_it_was(stage, error, make, monkeypatch):
     import modeling_longnet.patching as patching
 
