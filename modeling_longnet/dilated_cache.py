@@ -14,7 +14,14 @@ from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
 from .dilation_schedule import DilationSchedule
 from .document_ids import Documents, find_documents, restore_order
-from .transformers_compat import CACHE, LinearAttentionCacheLayerMixin, attention_of, exporter_is_loaded
+from .transformers_compat import (
+    CACHE,
+    LinearAttentionCacheLayerMixin,
+    attention_of,
+    changes_frequencies,
+    exporter_is_loaded,
+    length_dependent_rope,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -83,7 +90,7 @@ class DilatedCache(DynamicCache):
                 f"`config`: the dilated layers of {type(config).__name__} keep recurrent states beside their keys, "
                 "which a bounded cache does not. Use DynamicCache(config=model.config)."
             )
-        self.clock = Clock()
+        self.clock = Clock(length_dependent_rope(config))
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
         layers += [None] * (depth - len(layers))
@@ -259,11 +266,29 @@ class DilatedCache(DynamicCache):
         return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
 
 
+def _refuse_changing_frequencies(config, generation_config, model_kwargs: dict, length: int) -> None:
+    """Raises a ValueError where RoPE would rotate the first tokens otherwise than the last ones of up to `length`."""
+    rope = length_dependent_rope(config)
+    if rope is None:
+        return
+    positions = model_kwargs.get("position_ids")
+    first = 1 if positions is None else int(positions.max()) + 1
+    first = min(first, getattr(generation_config, "prefill_chunk_size", None) or first)
+    if changes_frequencies(rope, first, length):
+        raise ValueError(
+            f"`max_length`: with rope_type {rope[0]!r} texts of more than {rope[1]} tokens have other frequencies than "
+            f"shorter ones, got up to {length} tokens from a prompt of {first}: a bounded cache cannot change those of "
+            "the keys that it holds. Ask for fewer tokens, or pass `cache_implementation='dynamic'` or "
+            "`use_cache=False`."
+        )
+
+
 def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cache_length: int) -> bool:
     """Puts a DilatedCache into `generate`'s arguments, unless another cache, or weights of all keys, are wanted.
 
     Raises:
-        ValueError: in training with gradient checkpointing, where the layers run without any cache.
+        ValueError: in training with gradient checkpointing, where the layers run without any cache; where rotary
+            frequencies would change on the way.
     """
     checkpointed = model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
     if checkpointed and generation_config.use_cache is not False:
@@ -285,6 +310,7 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
     dilated = dilated_layer_indices(model.config)
     if not dilated or _keeps_states(DynamicCache(config=model.config).layers, dilated):
         return False
+    _refuse_changing_frequencies(model.config, generation_config, model_kwargs, max_cache_length)
     # In steps, so that texts of nearly the same length get slots of the same shape.
     steps = max(1, -(-max_cache_length // _ROOM_STEP))
     model_kwargs[CACHE] = DilatedCache(model.config, max_length=steps * _ROOM_STEP)

@@ -21,6 +21,8 @@ def _flatten(cache) -> tuple[list[torch.Tensor], dict]:
         raise ValueError("`cache` has layers that are not bounded: it cannot be part of an exported program.")
     if clock.step is not None or clock.waiting or layers[0].record_past:
         raise ValueError("`cache` waits for a `crop`, or for the end of a forward: it cannot be exported now.")
+    if clock.rope is not None:
+        raise ValueError(f"`cache` of a model with rope_type {clock.rope[0]!r} cannot be part of an exported program.")
     context = {
         "layers": len(layers),
         "schedule": {name: list(x) if isinstance(x, tuple) else x for name, x in cache.schedule.as_arguments().items()},

@@ -13,6 +13,7 @@ from .attention_kernels import as_autocast
 from .dilated_cache_attention import attend_chunk, attend_slots, compiled_chunk, layout_name
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule
+from .transformers_compat import changes_frequencies
 
 
 ABORTED = (
@@ -54,15 +55,17 @@ class Clock:
     positions: tokens of each row that are in the slots, int64 [B]. seen: all columns, padding included, int64 [].
     waiting: columns that wait for a `crop` to be kept; pads: how many of them are padding on the left, int64 [B].
     had_padding_behind: whether padding ever stood behind a row's tokens, so that `position_ids` may have lost count.
+    rope: the model's `length_dependent_rope`.
 
     What refers back, or cannot be set, stands in slots: Transformers' exporters walk through the `__dict__` of whatever
     a cache holds as through a tree, setting each attribute.
     """
 
-    __slots__ = ("__dict__", "layers")
+    __slots__ = ("__dict__", "layers", "rope")
 
-    def __init__(self):
+    def __init__(self, rope: tuple[str, int] | None = None):
         self.layers: list[DilatedLayer] = []
+        self.rope = rope
         self.positions = self.seen = self.pads = None
         self.waiting = 0
         self.had_padding_behind = False
@@ -88,8 +91,23 @@ class Clock:
         else:
             check_padding(ids, self.waiting > self.pads)
             new_pads = (ids < 0).sum(-1)
+        if self.rope is not None:
+            self._check_frequencies(first, first + query_length - new_pads)
         self.step = Step(query_length, first, new_pads, self.pads + new_pads, ids is not None)
         return self.step
+
+    def _check_frequencies(self, first: torch.Tensor, last: torch.Tensor) -> None:
+        """Refuses a forward from position `first` to `last` [B] that rotates otherwise than those before it did."""
+        kind, limit = self.rope
+        if torch.compiler.is_compiling():
+            raise ValueError(f"a bounded cache does not compile with rope_type {kind!r}: its frequencies must be seen.")
+        start, stop = int(first.max()), int(last.max())
+        if start > 0 and changes_frequencies(self.rope, start, stop):
+            raise ValueError(
+                f"`cache` holds {start} tokens, and with rope_type {kind!r} texts of more than {limit}, such as the "
+                f"{stop} with these, have other frequencies: the result would depend on how the text is cut. Read "
+                "it in one forward, or patch with a rope_scaling that does not depend on the length (yarn)."
+            )
 
     def end(self, recording: bool) -> None:
         step, self.step = self.step, None

@@ -31,14 +31,12 @@ from .dilation_schedule import DilationSchedule
 from .document_ids import without_gradient_of_padding
 from .sequence_exchange import Exchange, Heads, plan_exchange, sharded_attention
 from .sequence_shards import SHARD, Place, Shard, ShardingCollator, locate_longnet, locate_patched
-from .transformers_compat import CACHE_NAMES, attention_of, causal_lm_class_names
+from .transformers_compat import CACHE_NAMES, attention_of, causal_lm_class_names, length_dependent_rope
 
 
 logger = logging.get_logger(__name__)
 
 PER_TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
-# RoPE whose frequencies depend on the longest position in a forward, which differs from rank to rank.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class ShardedForward:
@@ -110,7 +108,7 @@ def _is_longnet(config: Any) -> bool:
 def _model_problem(model: nn.Module, outer: nn.Module) -> str | None:
     """Why a model's numbers would be wrong on slices of a text, or None."""
     config, name = model.config, type(model).__name__
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = length_dependent_rope(config)  # its longest position differs from rank to rank
     settings = getattr(config, "dilated_attention", None)
     if not _is_longnet(config) and settings is None:
         return "its attention is not dilated: call `patch_model` first"
@@ -124,8 +122,8 @@ def _model_problem(model: nn.Module, outer: nn.Module) -> str | None:
             return f"`{setting}` must be 0, got {getattr(config, setting)}: its random numbers cannot span ranks"
     if name != type(model.base_model).__name__ and _loss_type(model) not in PER_TOKEN_LOSSES:
         return "its loss is not one of each token by itself"
-    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-        return f"rope_type {rope['rope_type']!r} depends on the length of the text, which a slice does not show"
+    if rope is not None:
+        return f"rope_type {rope[0]!r} depends on the length of the text, which a slice does not show"
     if getattr(config, "output_router_logits", False):
         return "the load-balancing loss of its experts (`output_router_logits`) looks at whole texts"
     if any(getattr(c, "is_prompt_learning", False) for c in getattr(outer, "peft_config", {}).values()):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .dilated_cache import DilatedCache
 from .dilated_cache_file import load_cache, save_cache
-from .transformers_compat import named_cache
+from .transformers_compat import changes_frequencies, length_dependent_rope, named_cache
 
 
 FIRST_BUCKET = 1024  # tokens; each bucket of positions after it is as long as all before it
@@ -65,7 +65,8 @@ class TextStream:
         chunk_size: Q. Other chunk sizes give the same numbers up to rounding.
 
     Raises:
-        ValueError: a chunk size below 1, fewer than two tokens, or a model with layers that keep their whole past.
+        ValueError: a chunk size below 1, fewer than two tokens, a model with layers that keep their whole past, or one
+            whose rotary frequencies depend on the length (dynamic, longrope) with a text beyond where they change.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int], chunk_size: int = 4096):
@@ -73,6 +74,13 @@ class TextStream:
             raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
         if len(tokens) < 2:
             raise ValueError(f"`tokens` must be at least two, got {len(tokens)}.")
+        rope = length_dependent_rope(model.config)
+        if changes_frequencies(rope, min(chunk_size, len(tokens)), len(tokens)):
+            raise ValueError(
+                f"`model` has rope_type {rope[0]!r}, whose frequencies change with the length of a text beyond "
+                f"{rope[1]} tokens, so that {len(tokens)} tokens in chunks of {chunk_size} would give other numbers "
+                "than the whole text. Patch with a rope_scaling that does not depend on the length (yarn)."
+            )
         self.model, self.tokens, self.chunk_size = model, tokens, chunk_size
         self.cache = DilatedCache(model.config)
         if len(self.cache.dilated_layers) < len(self.cache.layers):

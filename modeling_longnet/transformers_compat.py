@@ -155,24 +155,32 @@ def _was_read(cache: Cache, tokens: int) -> bool:
 
 
 def check_cache_reaches_model(
-    owner: str, input_ids: torch.Tensor, given: Mapping[str, object], inputs: Mapping[str, object]
+    owner: str, input_ids: torch.Tensor, given: Mapping[str, object], inputs: dict[str, object]
 ) -> None:
     """Refuses a decoding step whose cache was dropped on the way, or that the steps before did not read.
+
+    Phi-3 drops its cache where its rotary frequencies switch, to read the text anew: an unused one is handed to it all
+    the same, and a growing one it may replace.
 
     Args:
         input_ids, given: the arguments of `prepare_inputs_for_generation`. inputs: what it made of them.
     """
     if not given.get("use_cache"):
         return
+    mask, embeds = given.get("attention_mask"), inputs.get("inputs_embeds")
+    whole = mask.shape[-1] if mask is not None and mask.dim() == 2 else input_ids.shape[1]
+    new = embeds.shape[1] if embeds is not None else inputs["input_ids"].shape[1]
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    if cache is not None and inputs.get(CACHE) is None and new >= whole:
+        if not _was_read(cache, 0):
+            inputs[CACHE] = cache
+        elif type(cache) is DynamicCache:
+            return
     if cache is not None and inputs.get(CACHE) is not cache:
         raise ValueError(
             f"`generate` prepared a {type(cache).__name__}, but {owner} sets it aside for this step: it would go on "
             "with another one, or without the text read so far. Pass `cache_implementation='dynamic'`."
         )
-    mask, embeds = given.get("attention_mask"), inputs.get("inputs_embeds")
-    whole = mask.shape[-1] if mask is not None and mask.dim() == 2 else input_ids.shape[1]
-    new = embeds.shape[1] if embeds is not None else inputs["input_ids"].shape[1]
     if new < whole and (cache is None or not _was_read(cache, whole - new)):
         got = "none" if cache is None else f"a {type(cache).__name__} without them"
         raise ValueError(
@@ -234,6 +242,28 @@ def set_instance_generation(model: GenerationMixin, prepare_own_cache: Callable)
     setattr(model, _PREPARE_CACHE, functools.partial(_prepare_instance_cache, model, prepare_own_cache))
     prepare = functools.partial(_prepare_instance_inputs, model)
     model.prepare_inputs_for_generation = functools.update_wrapper(prepare, type(model).prepare_inputs_for_generation)
+
+
+def length_dependent_rope(config) -> tuple[str, int] | None:
+    """Type of a RoPE whose frequencies depend on the longest position of a forward, and the positions up to which they
+    do not; None for any other. Keys that a cache holds keep the frequencies of the forward that brought them."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention", parameters)
+    scaling = (getattr(config, "dilated_attention", None) or {}).get("rope_scaling") or {}
+    parameters = {**parameters, **scaling}
+    kind = scaling.get("rope_type", scaling.get("type")) or parameters.get("rope_type") or ""
+    if kind != "longrope":
+        return ("dynamic", config.max_position_embeddings) if "dynamic" in kind else None
+    limit = None if scaling else getattr(config, "original_max_position_embeddings", None)
+    limit = parameters.get("original_max_position_embeddings") or limit or config.max_position_embeddings
+    return "longrope", limit
+
+
+def changes_frequencies(rope: tuple[str, int] | None, first: int, total: int) -> bool:
+    """Whether a text of `total` tokens, of which the first forward reads `first`, gets several frequencies."""
+    if rope is None or total <= max(first, rope[1]):
+        return False
+    return rope[0] == "dynamic" or first <= rope[1]
 
 
 def attention_of(config) -> str:
@@ -376,6 +406,7 @@ __all__ = [
     "capture_outputs",
     "causal_lm_class_names",
     "causal_mask_function",
+    "changes_frequencies",
     "check_cache_reaches_model",
     "closed_interface",
     "code_files",
@@ -388,6 +419,7 @@ __all__ = [
     "has_own_loss",
     "interval",
     "is_tracing",
+    "length_dependent_rope",
     "merge_with_config_defaults",
     "named_cache",
     "passes_through_interface",
