@@ -26,13 +26,15 @@ reports: dict[str, dict] = {}
 
 
 def owner(item) -> str:
-    """The class that brings a test: one of the mixins, as a rule."""
-    name = item.function.__name__ if item.name not in dir(item.cls) else item.name
-    return next(cls.__name__ for cls in item.cls.__mro__ if name in vars(cls))
+    """The class that brings a test, one of the mixins as a rule: the deepest, as some are wrapped in each subclass."""
+    return next(cls.__name__ for cls in reversed(item.cls.__mro__) if item.name in vars(cls))
 
 
 def pytest_collection_modifyitems(config, items):
-    done = {json.loads(line)["test"] for line in RESULTS.read_text().splitlines()} if RESULTS.exists() else set()
+    # The last line of a test counts: what failed may run again.
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    last = {line["test"]: line["outcome"] for line in lines}
+    done = {name for name, outcome in last.items() if outcome != "failed"}
     keep, drop = [], []
     for item in items:
         owners[item.nodeid] = owner(item)
