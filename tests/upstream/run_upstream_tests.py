@@ -29,13 +29,9 @@ from transformers.exporters import base
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
-sys.path.insert(0, str(REPOSITORY))
-from upstream_report import failed_tests, record, write_docs  # noqa: E402
-
-
 RUNS = 3  # of a test that fails: some of Transformers' compare random float16 results to the last bit
-# What Transformers' tests import beyond Transformers, and this repository's tests do not.
-NEEDED_MODULES = ("parameterized", "pytest")
+# What the tests and the record of a run import beyond Transformers.
+NEEDED_MODULES = ("matplotlib", "parameterized", "pytest")
 FROM_RELEASE = (
     "test_configuration_common.py", "test_modeling_common.py", "test_training_mixin.py",
     "test_tensor_parallel_mixin.py", "test_fsdp_mixin.py", "test_expert_parallel_mixin.py",
@@ -134,6 +130,14 @@ def find_constant(path: Path, name: str) -> object:
     sys.exit(f"{path} does not assign `{name}`.")
 
 
+def check_commit(results: Path, commit: str | None) -> None:
+    """Refuses to go on with what was run on another commit."""
+    begun = results.with_suffix(".commit")
+    if results.exists() and begun.read_text() != str(commit):
+        sys.exit(f"{results} was begun at commit {begun.read_text()}, this is {commit}: pass --again.")
+    begun.write_text(str(commit))
+
+
 def describe(folders: list[Path]) -> str:
     """Which checkout it is, as far as it tells."""
     for folder in folders:
@@ -167,12 +171,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    lacking = [name for name in NEEDED_MODULES if importlib.util.find_spec(name) is None]
+    if lacking:
+        sys.exit(f"This needs what is not installed: pip install {' '.join(lacking)}")
+    sys.path.insert(0, str(REPOSITORY))
+    from upstream_report import failed_tests, provenance, record, write_docs
+
     if arguments.write_docs:
         write_docs()
         return 0
-    lacking = [name for name in NEEDED_MODULES if importlib.util.find_spec(name) is None]
-    if lacking:
-        sys.exit(f"Transformers' tests need what is not installed: pip install {' '.join(lacking)}")
     release = transformers.__version__
     work = (arguments.work or REPOSITORY / "runs/upstream" / release).resolve()
     source = fetch_release(release, arguments.sdist, work)
@@ -184,6 +191,7 @@ def main() -> int:
         results = work / "partial.jsonl"
     if arguments.again or not is_whole:
         results.unlink(missing_ok=True)
+    check_commit(results, provenance()["commit"])
     for _ in range(RUNS if is_whole else 1):
         status = run_tests(root, results, not arguments.fast, arguments.pytest)
         if status not in (0, 1, 5):  # interrupted, or nothing could be run; 5: an earlier run has done all
