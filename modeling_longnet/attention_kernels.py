@@ -11,6 +11,7 @@ import importlib.util
 from typing import Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 
 aten = torch.ops.aten
@@ -180,6 +181,15 @@ def choose_backend(backend: str | None, query: torch.Tensor, dropout: float) -> 
     if reason:
         raise ValueError(f"`backend={backend!r}` cannot run these inputs: {reason}.")
     return backend
+
+
+def refuse_tangents(backend: str, *tensors: torch.Tensor) -> None:
+    """Raises a ValueError in forward-mode differentiation, whose tangents the fused kernels would drop for zeros."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(
+            f"`backend={backend!r}` has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): use "
+            "`backend='eager'`, or `attn_implementation='eager'` of a LongNet, without a bounded cache."
+        )
 
 
 def get_kernel(backend: str, query: torch.Tensor) -> type[Kernel]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, attend_blocks_eager
-from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel
+from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
 from .dilated_attention_reference import dilated_attention_reference, document_positions
 from .dilation_plan import plan_blocks
 from .dilation_schedule import DilationSchedule
@@ -286,6 +286,8 @@ def dilated_attention(
         query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
     _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
     backend = choose_backend(backend, query, dropout)
+    if backend != "eager":
+        refuse_tangents(backend, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if elsewhere is not None:
         settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}

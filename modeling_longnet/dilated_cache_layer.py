@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_kernels import as_autocast
+from .attention_kernels import as_autocast, refuse_tangents
 from .dilated_cache_attention import attend_chunk, attend_slots, compiled_chunk, layout_name
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule
@@ -302,6 +302,7 @@ class DilatedLayer(CacheLayerMixin):
         self.awaited = False
         clock = self.clock
         query, key, value = as_autocast(query, key, value)
+        refuse_tangents(backend or "sdpa", query, key, value)  # what the slots keep has no derivative
         if not self.is_initialized:
             self.lazy_initialization(key, value, head_index_offset, total_num_heads)
         if key.dtype != self.dtype:

@@ -18,7 +18,7 @@ from .attention_blocks import (
     block_positions,
     strided_rows,
 )
-from .attention_kernels import choose_backend, get_kernel
+from .attention_kernels import choose_backend, get_kernel, refuse_tangents
 from .dilation_plan import Block, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule
 
@@ -119,6 +119,7 @@ def attend_visible(
     if backend == "eager":
         index = partial(_as_index, locate)
         return attend_blocks_eager(blocks, query, key, value, query_start, scale, 0.0, index)[0]
+    refuse_tangents(backend, query, key, value)
     kernel = get_kernel(backend, query)
     return _AttendVisible.apply(query, key, value, locate, blocks, query_start, scale, kernel)[0]
 
