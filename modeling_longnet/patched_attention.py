@@ -364,9 +364,10 @@ def _refuse_unsupported(module, query, key, value, arguments: dict) -> None:
 def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
     native = getattr(config, "max_position_embeddings", None)
     if native and length > native and not settings["rope_scaling"]:
+        # Without the length: `warning_once` keeps each message that it has given, and gives every other one.
         logger.warning_once(
-            f"{length} tokens asked of a model whose native context is {native}, without position scaling: expect poor "
-            "predictions beyond it. Patch with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
+            f"more tokens are asked of a model than its native context of {native}, without position scaling: expect "
+            "poor predictions beyond it. Patch with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
         )
 
 
