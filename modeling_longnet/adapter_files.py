@@ -4,9 +4,11 @@ import functools
 import importlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .model_card import TAGS
 from .transformers_compat import UPLOAD
@@ -30,6 +32,43 @@ model = load_patched_model("this folder or repository")
 def write_settings(folder: str | Path, settings: dict) -> None:
     """The settings of a patch as a file of their own, for what is saved without the model's configuration."""
     (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _rows_in_adapter(path: str, name: str, width: int) -> int | None:
+    """Rows of the base model's table of token vectors, its module `name`, as an adapter's weights hold or fit it."""
+    # No import statement: what those name, Transformers demands of all who load this code from the Hub.
+    with importlib.import_module("safetensors").safe_open(path, "pt") as weights:
+        for key in weights.keys():
+            _, found, rest = key.partition(f".{name}.")
+            shape = weights.get_slice(key).get_shape() if found else ()
+            if len(shape) == 2 and rest.startswith("lora_embedding_A"):
+                return shape[1]
+            if len(shape) == 2 and rest.endswith("weight") and shape[1] == width and not rest.startswith("lora_"):
+                return shape[0]
+    return None
+
+
+def resize_for_adapter(
+    model: PreTrainedModel, path_or_repo: str, find: Callable[[str], str | None], *, trust_remote_code=None, **hub
+) -> None:
+    """Gives a base model the vocabulary with which an adapter was trained, where that had tokens added.
+
+    The adapter's weights tell it where they have the token vectors, else the tokenizer beside them, as in PEFT.
+
+    Args:
+        find: gives the path of a file of the adapter, or None. hub: where to find the adapter.
+    """
+    table = model.get_input_embeddings()
+    rows, width = table.weight.shape
+    name = next(name for name, module in model.named_modules() if module is table)
+    weights = find("adapter_model.safetensors")
+    wanted = _rows_in_adapter(weights, name, width) if weights is not None else None
+    if wanted is not None and wanted != rows:
+        model.resize_token_embeddings(wanted, mean_resizing=False)  # the adapter brings the new rows
+    elif wanted is None and find("tokenizer_config.json") is not None:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_repo, trust_remote_code=trust_remote_code, **hub)
+        if len(tokenizer) > rows:
+            model.resize_token_embeddings(len(tokenizer))
 
 
 def _settings_of(model) -> dict | None:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .adapter_files import SETTINGS_NAME, record_in_adapters, write_settings
+from .adapter_files import SETTINGS_NAME, record_in_adapters, resize_for_adapter, write_settings
 from .dilated_cache import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule
 from .model_card import TAGS, upload_with_card
@@ -47,6 +47,8 @@ SETTINGS = (
     "segment_lengths", "dilation_rates", "head_offsets", "overlap", "num_sink_tokens", "local", "layers", "backend",
     "rope_scaling",
 )  # fmt: skip
+# Arguments that say where files are.
+HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 INSTANCE_ATTRIBUTES = (
     "_undo_dilated_attention", "save_pretrained", "set_attn_implementation", "dilated_attention_report",
     SUPPORTS_FLASH_ATTENTION, UPLOAD, *GENERATION_ATTRIBUTES,
@@ -379,15 +381,17 @@ def load_patched_model(
 
     Args:
         path_or_repo: a folder or Hub repository.
-        base_model: for an adapter, the base model's folder or repository, where it is not the one the adapter names.
+        base_model: for an adapter, the base model's folder or repository, where it is not the one the adapter names. It
+            gets the vocabulary of the adapter, where tokens were added, as its weights or the tokenizer beside it tell.
         auto_class: the Auto class to load with.
         is_trainable: for an adapter, whether to go on training it.
-        **kwargs: for `from_pretrained` (dtype, device_map, revision, token, ...).
+        **kwargs: for `from_pretrained` (dtype, device_map, revision, subfolder, token, ...); of an adapter, `revision`
+            and `subfolder` are its own, not its base model's.
 
     Raises:
         ValueError: if nothing there tells of a patch.
     """
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     find = functools.partial(find_file, str(path_or_repo), **hub)
     adapter_config = find("adapter_config.json")
     if adapter_config is None:
@@ -400,11 +404,15 @@ def load_patched_model(
     if settings is None:
         raise ValueError(f"the adapter {path_or_repo} has no {SETTINGS_NAME}: it was not saved from a patched model.")
     settings = _check_settings(json.loads(Path(settings).read_text()), str(path_or_repo))
-    base_model = base_model or json.loads(Path(adapter_config).read_text()).get("base_model_name_or_path")
+    told = json.loads(Path(adapter_config).read_text())
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    if base_model is None and told.get("revision"):
+        kwargs["revision"] = told["revision"]
+    base_model = base_model or told.get("base_model_name_or_path")
     if not base_model:
         raise ValueError(f"the adapter {path_or_repo} does not name its base model: pass `base_model=`.")
-    if hub.get("revision"):
-        kwargs = {name: value for name, value in kwargs.items() if name != "revision"}
-    model = patch_model(auto_class.from_pretrained(base_model, **kwargs), **settings)
+    model = auto_class.from_pretrained(base_model, **kwargs)
+    resize_for_adapter(model, str(path_or_repo), find, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
+    patch_model(model, **settings)
     peft_model = importlib.import_module("peft").PeftModel
     return peft_model.from_pretrained(model, str(path_or_repo), is_trainable=is_trainable, **hub)
