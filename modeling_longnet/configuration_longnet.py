@@ -22,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring, logging
 
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, as_plain
 from .transformers_compat import CACHE_NAMES, interval
 
 
@@ -191,6 +191,9 @@ class LongNetConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check_spelling(kwargs)
+        self.rope_parameters = as_plain("rope_parameters", self.rope_parameters)
+        if "rope_scaling" in kwargs:
+            kwargs["rope_scaling"] = as_plain("rope_scaling", kwargs["rope_scaling"])
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         rope_is_given = self.rope_parameters or kwargs.get("rope_scaling")
         super().__post_init__(**kwargs)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, as_integer
 from .document_ids import Documents, find_documents, restore_order
 from .transformers_compat import (
     CACHE,
@@ -78,8 +78,10 @@ class DilatedCache(DynamicCache):
     def __init__(self, config, max_length: int | None = None):
         if exporter_is_loaded():
             register_for_export(type(self))
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
+        if max_length is not None:
+            given, max_length = max_length, as_integer(max_length)
+            if max_length is None or max_length < 1:
+                raise ValueError(f"`max_length` must be an integer of at least 1, got {given!r}.")
         self.schedule = DilationSchedule.from_config(config)
         if not self.schedule.is_causal:
             raise ValueError("`config` must be that of a causal model, got is_causal=False.")

@@ -4,7 +4,8 @@ Letters, here and everywhere in this package: B batch, H query heads, G key/valu
 D head dimension, w segment length, r dilation rate, s offset of a head, i pattern index.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 
@@ -14,11 +15,40 @@ PADDINGS = ("mask", "zeros")
 LOCALS = ("segment", "sliding")
 
 
-def _check_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(values, (str, int)) or not isinstance(values, Sequence):
+def as_integer(value: object) -> int | None:
+    """A Python integer out of any kind of one (NumPy's, a tensor's), or None for what is none."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_plain(name: str, value: object) -> object:
+    """A setting as JSON holds it, out of NumPy's or PyTorch's numbers too.
+
+    Raises:
+        ValueError: for what is neither number nor text, nor a list or dictionary of such.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(f"{name}[{key!r}]", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(name, item) for item in value]
+    raise ValueError(f"`{name}` must be a number, a text, or a list or dictionary of such, got {value!r}.")
+
+
+def _check_integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
         raise ValueError(f"`{name}` must be a list of integers, got {values!r}.")
-    if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-        raise ValueError(f"`{name}` must be a non-empty list of positive integers, got {list(values)!r}.")
+    given = list(values)
+    values = [as_integer(value) for value in given]
+    if not values or any(v is None or v < 1 for v in values):
+        raise ValueError(f"`{name}` must be a non-empty list of positive integers, got {given!r}.")
     if any(later < earlier for earlier, later in zip(values, values[1:])):
         raise ValueError(f"`{name}` must not decrease from one pattern to the next, got {list(values)!r}.")
     return tuple(values)
@@ -91,9 +121,10 @@ class DilationSchedule:
         _check_choice("overlap", self.overlap, OVERLAPS)
         _check_choice("padding", self.padding, PADDINGS)
         _check_choice("local", self.local, LOCALS)
-        sinks = self.num_sink_tokens
-        if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
-            raise ValueError(f"`num_sink_tokens` must be an integer of at least 0, got {sinks!r}.")
+        sinks = as_integer(self.num_sink_tokens)
+        if sinks is None or sinks < 0:
+            raise ValueError(f"`num_sink_tokens` must be an integer of at least 0, got {self.num_sink_tokens!r}.")
+        object.__setattr__(self, "num_sink_tokens", sinks)
         if self.padding == "zeros" and (self.is_causal or self.overlap == "once" or sinks):
             raise ValueError(
                 "`padding='zeros'` reproduces bidirectional torchscale encoders: it wants is_causal=False, "

@@ -13,7 +13,7 @@ Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, 
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 from .adapter_files import SETTINGS_NAME, record_in_adapters, resize_for_adapter, write_settings
+from .attention_kernels import BACKENDS
 from .dilated_cache import prepare_dilated_cache
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, as_integer, as_plain
 from .model_card import TAGS, upload_with_card
 from .patch_report import PatchReport, make_report
 from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK, AttentionCall, probing
@@ -163,10 +164,12 @@ def _choose_layers(
     if callable(layers):
         chosen = [index for index in reasons if layers(index)]
     else:
-        wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count]
-        if wrong:
-            raise ValueError(f"`layers` must be layer indices of 0..{count - 1}, got {wrong!r}.")
-        chosen = sorted({index % count for index in layers})
+        is_list = isinstance(layers, Iterable) and not isinstance(layers, (str, Mapping))
+        given = list(layers) if is_list else []
+        wrong = [i for i in given if (index := as_integer(i)) is None or not -count <= index < count]
+        if wrong or not is_list:
+            raise ValueError(f"`layers` must be layer indices of 0..{count - 1}, got {wrong or layers!r}.")
+        chosen = sorted({as_integer(index) % count for index in given})
     if not chosen:
         raise ValueError(f"`layers` chooses none of the {count} layers.")
     refused = {index: reasons[index] for index in chosen if reasons[index]}
@@ -229,8 +232,11 @@ def patch_model(
         ValueError: for a wrong setting; for a model whose attention cannot be exchanged, which is then left as it was.
     """
     schedule = DilationSchedule(
-        tuple(segment_lengths), tuple(dilation_rates), True, head_offsets, overlap, num_sink_tokens, "mask", local
+        segment_lengths, dilation_rates, True, head_offsets, overlap, num_sink_tokens, "mask", local
     )
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    rope_scaling = as_plain("rope_scaling", rope_scaling)
     base = _unwrap(model)
     _refuse_model(base)
     original = attention_of(base.config)
@@ -249,7 +255,7 @@ def patch_model(
             "dilation_rates": list(schedule.dilation_rates),
             "head_offsets": head_offsets,
             "overlap": overlap,
-            "num_sink_tokens": num_sink_tokens,
+            "num_sink_tokens": schedule.num_sink_tokens,
             "local": local,
             "layers": chosen,
             "backend": backend,

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .dilated_cache import DilatedCache
 from .dilated_cache_file import load_cache, save_cache
+from .dilation_schedule import as_integer
 from .transformers_compat import changes_frequencies, length_dependent_rope, named_cache
 
 
@@ -70,8 +71,9 @@ class TextStream:
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int], chunk_size: int = 4096):
-        if chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
+        given, chunk_size = chunk_size, as_integer(chunk_size)
+        if chunk_size is None or chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be an integer of at least 1, got {given!r}.")
         if len(tokens) < 2:
             raise ValueError(f"`tokens` must be at least two, got {len(tokens)}.")
         rope = length_dependent_rope(model.config)

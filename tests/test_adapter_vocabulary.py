@@ -36,7 +36,7 @@ def trained(model, **lora):
     """A patched model with an adapter that does something."""
     model = peft.get_peft_model(patch_model(model, **SCHEDULE), peft.LoraConfig(**lora), adapter_name="default")
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight) * 0.05)
     return model.eval()
