@@ -73,7 +73,7 @@ class DilatedCache(DynamicCache):
         ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values.
     """
 
-    __slots__ = ("schedule",)  # see `Clock`
+    __slots__ = ("dilated_layers", "schedule")  # see `Clock`
 
     def __init__(self, config, max_length: int | None = None):
         if exporter_is_loaded():

@@ -12,6 +12,7 @@ from .dilated_cache_layer import DilatedLayer
 from .dilated_cache_layout import SlotLayout
 
 
+# Exporters before 5.20 count tensors by walking through `__dict__`s: the order is the one in which they come there.
 CLOCK = ("positions", "seen", "pads")
 
 

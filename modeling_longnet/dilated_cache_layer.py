@@ -57,8 +57,8 @@ class Clock:
     had_padding_behind: whether padding ever stood behind a row's tokens, so that `position_ids` may have lost count.
     rope: the model's `length_dependent_rope`.
 
-    What refers back, or cannot be set, stands in slots: Transformers' exporters walk through the `__dict__` of whatever
-    a cache holds as through a tree, setting each attribute.
+    What is found elsewhere too, or cannot be set, stands in slots: Transformers' exporters walk through the `__dict__`
+    of whatever a cache holds as through a tree, counting tensors and setting each attribute.
     """
 
     __slots__ = ("__dict__", "layers", "rope")
@@ -201,7 +201,7 @@ class DilatedLayer(CacheLayerMixin):
     `update` is for models that know no other method; it marks the keys so that a patched attention finds the layer.
     """
 
-    __slots__ = ("layout", "schedule", "tables")  # see `Clock`
+    __slots__ = ("clock", "layout", "schedule", "tables")  # see `Clock`
     is_croppable = True
     is_sliding = False
 
