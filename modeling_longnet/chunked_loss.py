@@ -41,16 +41,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             hidden, target = hidden_states[start : start + rows], targets[start : start + rows]
             product = nn.functional.linear(hidden, weight)
-            logits = product.float()
-            is_counted = target != ignore_index
-            target = torch.where(is_counted, target, 0)[:, None]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            losses = (log_sum - logits.gather(1, target))[:, 0]
-            total += losses.masked_fill(~is_counted, 0).sum()
+            # By the operators of Transformers' losses: a text that is one chunk has the very gradients it has there.
+            with torch.enable_grad():
+                logits = product.float().requires_grad_()
+                loss = nn.functional.cross_entropy(logits, target, reduction="sum", ignore_index=ignore_index)
+            total += loss.detach()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = (logits - log_sum).exp_().scatter_add_(1, target, -torch.ones_like(log_sum))
-            grad = grad.mul_(scale).masked_fill_(~is_counted[:, None], 0).to(product.dtype)
+            grad = torch.autograd.grad(loss, logits, scale)[0].to(product.dtype)
             if needs_hidden:
                 grad_hidden[start : start + rows] = grad @ weight.to(product.dtype)
             if needs_weight:
