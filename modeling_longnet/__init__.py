@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -31,7 +32,7 @@ from .modeling_longnet import (
     LongNetModel,
     LongNetPreTrainedModel,
 )
-from .modeling_longnet_slide_encoder import LongNetSlideEncoderModel
+from .modeling_longnet_slide_encoder import LongNetSlideEncoderForImageClassification, LongNetSlideEncoderModel
 from .patching import is_patched, load_patched_model, patch_model, unpatch_model
 from .transformers_compat import UPLOAD
 
@@ -44,6 +45,7 @@ _AUTO_CLASSES = {
     LongNetForSequenceClassification: AutoModelForSequenceClassification,
     LongNetForTokenClassification: AutoModelForTokenClassification,
     LongNetSlideEncoderModel: AutoModel,
+    LongNetSlideEncoderForImageClassification: AutoModelForImageClassification,
 }
 
 for _config_class in (LongNetConfig, LongNetSlideEncoderConfig):
@@ -68,6 +70,7 @@ __all__ = [
     "LongNetModel",
     "LongNetPreTrainedModel",
     "LongNetSlideEncoderConfig",
+    "LongNetSlideEncoderForImageClassification",
     "LongNetSlideEncoderModel",
     "__version__",
     "dilated_attention",

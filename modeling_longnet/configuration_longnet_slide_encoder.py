@@ -28,6 +28,7 @@ from .transformers_compat import interval
 AUTO_MAP = {
     "AutoConfig": "configuration_longnet_slide_encoder.LongNetSlideEncoderConfig",
     "AutoModel": "modeling_longnet_slide_encoder.LongNetSlideEncoderModel",
+    "AutoModelForImageClassification": "modeling_longnet_slide_encoder.LongNetSlideEncoderForImageClassification",
 }
 
 
@@ -60,6 +61,10 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
         See [`LongNetConfig`]; the published checkpoints have `"zeros"`.
     pooling (`str`, *optional*, defaults to `"cls"`):
         What stands for the slide: `"cls"`, the class token, or `"mean"`, the mean over the tiles.
+    classifier_layers (`list[int]`, *optional*):
+        Layers whose slide embeddings, side by side, the classifier reads: 0 stands for the embeddings, and the final
+        LayerNorm is skipped, as by Prov-GigaPath's fine-tuning (its `feat_layer`, `[11]` by default). By default the
+        classifier reads the pooled output.
     pooler_norm_eps (`float`, *optional*, defaults to 1e-06):
         Epsilon of the LayerNorm after pooling; `layer_norm_eps` is that of all others.
     sub_layernorm (`bool`, *optional*, defaults to `True`):
@@ -113,6 +118,7 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
     head_offsets: str = "contiguous"
     padding: str = "zeros"
     pooling: str = "cls"
+    classifier_layers: list[int] | tuple[int, ...] | None = None
     pooler_norm_eps: int | float = 1e-6
     sub_layernorm: bool = True
     layer_norm_eps: int | float = 1e-5
@@ -128,6 +134,8 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
             self.segment_lengths = self._lengths_for_slide_size()
         self.segment_lengths = list(self.segment_lengths)  # as JSON gives them back
         self.dilation_rates = list(self.dilation_rates)
+        if self.classifier_layers is not None:
+            self.classifier_layers = list(self.classifier_layers)
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         super().__post_init__(**kwargs)
         # Called here as well, so that these errors come as plain ValueErrors.
@@ -175,6 +183,12 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
             )
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f"`pooling` must be 'cls' or 'mean', got {self.pooling!r}.")
+        layers = self.classifier_layers
+        if layers is not None and not (layers and all(0 <= layer <= self.num_hidden_layers for layer in layers)):
+            raise ValueError(
+                f"`classifier_layers` must name layers from 0 to `num_hidden_layers={self.num_hidden_layers}`, got "
+                f"{layers}."
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be an activation that Transformers knows, got {self.hidden_act!r}.")
         for name in ("layer_norm_eps", "pooler_norm_eps"):

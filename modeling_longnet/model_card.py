@@ -115,7 +115,7 @@ def _describe(schedule: DilationSchedule) -> tuple[str, str]:
 
 def _auto_class(model: PreTrainedModel) -> str:
     for ending in ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification",
-                   "ForQuestionAnswering"):  # fmt: skip
+                   "ForQuestionAnswering", "ForImageClassification"):  # fmt: skip
         if type(model).__name__.endswith(ending):
             return f"AutoModel{ending}"
     return "AutoModelForCausalLM" if type(model).__name__.endswith("LMHeadModel") else "AutoModel"

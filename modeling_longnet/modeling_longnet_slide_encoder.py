@@ -21,14 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .document_ids import reorder, restore_order
 from .modeling_longnet import LongNetAttention, LongNetDecoderLayer, LongNetPreTrainedModel
 from .transformers_compat import capture_outputs, is_tracing, refuse_unread
+
+
+logger = logging.get_logger(__name__)
 
 
 @auto_docstring(custom_intro="What a slide encoder returns.")
@@ -92,7 +95,22 @@ class LongNetSlidePositionEmbedding(nn.Module):
                 f"`coords` must lie in a grid of `slide_ngrids={self.slide_ngrids}` tiles of `tile_size="
                 f"{self.tile_size}` each way, i.e. from 0 to below {self.slide_ngrids * self.tile_size}, got {first}."
             )
+        self.warn_of_one_cell(cells, attention_mask)
         return cells.long()
+
+    def warn_of_one_cell(self, cells: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Indices of the grid, taken for pixels, all fall into its first cell: then no tile has a place of its own."""
+        if is_tracing(cells):
+            return
+        elsewhere = (cells != cells[:, :1]).any(dim=-1)
+        several = cells.shape[1] > 1
+        if attention_mask is not None:  # hidden tiles stand behind the others
+            elsewhere, several = elsewhere & attention_mask, attention_mask[:, 1:].any(dim=1)
+        if (~elsewhere.any(dim=1) & several).any():
+            logger.warning_once(
+                f"`coords` put all tiles of a slide into one cell of the grid (`tile_size={self.tile_size}`): they "
+                "must be pixels, not indices of the grid. Multiply indices by `config.tile_size`."
+            )
 
     def forward(self, coords: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Positions [B, N, C] of tiles at `coords` [B, N, 2]."""
@@ -113,7 +131,8 @@ class LongNetSlideEmbeddings(nn.Module):
     def forward(
         self, tile_embeds: torch.Tensor, coords: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        tiles = self.projection(tile_embeds)
+        # Pipelines store float16; the class token has the model's dtype even where the projection is quantised.
+        tiles = self.projection(tile_embeds.to(self.cls_token.dtype))
         tiles = tiles + self.position_embedding(coords, attention_mask).to(tiles.dtype)
         hidden_states = torch.cat((self.cls_token.to(tiles.dtype).expand(len(tiles), -1, -1), tiles), dim=1)
         return nn.functional.dropout(hidden_states, p=self.hidden_dropout, training=self.training)
@@ -192,6 +211,8 @@ class LongNetSlideEncoderModel(LongNetSlideEncoderPreTrainedModel):
                 f"`tile_embeds` must have shape [batch, tiles, in_chans={self.config.in_chans}] and at least one tile, "
                 f"got {shape}."
             )
+        if not tile_embeds.is_floating_point():
+            raise ValueError(f"`tile_embeds` must be floating point numbers, got {tile_embeds.dtype}.")
         if tuple(coords.shape) != (*shape[:2], 2):
             raise ValueError(f"`coords` must have shape {(*shape[:2], 2)}, got {tuple(coords.shape)}.")
         if attention_mask is None:
@@ -236,7 +257,8 @@ class LongNetSlideEncoderModel(LongNetSlideEncoderPreTrainedModel):
     ) -> LongNetSlideEncoderOutput:
         r"""
         tile_embeds (`torch.Tensor` of shape `(batch_size, num_tiles, in_chans)`):
-            Embeddings of the tiles, in the order in which the attention counts them.
+            Embeddings of the tiles, in the order in which the attention counts them, in any floating point dtype: they
+            are taken to the model's.
         coords (`torch.Tensor` of shape `(batch_size, num_tiles, 2)`):
             Coordinates of each tile's corner in pixels, as the tile encoder's pipeline gives them: integers, float32
             or float64. Coordinates outside the grid are refused.
@@ -273,4 +295,73 @@ class LongNetSlideEncoderModel(LongNetSlideEncoderPreTrainedModel):
         return outputs
 
 
-__all__ = ["LongNetSlideEncoderModel", "LongNetSlideEncoderPreTrainedModel"]
+@auto_docstring(
+    custom_intro="""
+    A slide encoder with a linear head on the embedding of the slide: what a whole-slide image shows. The head reads the
+    pooled output, or the embeddings of the layers that `config.classifier_layers` names, side by side.
+    """
+)
+class LongNetSlideEncoderForImageClassification(LongNetSlideEncoderPreTrainedModel):
+    # The loss is a mean over the batch, so the Trainer must divide it by the steps that it accumulates.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LongNetSlideEncoderConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LongNetSlideEncoderModel(config)
+        width = config.hidden_size * len(config.classifier_layers or [-1])
+        self.classifier = nn.Linear(width, config.num_labels)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        tile_embeds: torch.Tensor,
+        coords: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        r"""
+        tile_embeds (`torch.Tensor` of shape `(batch_size, num_tiles, in_chans)`):
+            See [`LongNetSlideEncoderModel`]; so are `coords` and `attention_mask`.
+        coords (`torch.Tensor` of shape `(batch_size, num_tiles, 2)`):
+            Coordinates of each tile's corner in pixels.
+        attention_mask (`torch.Tensor` of shape `(batch_size, num_tiles)`, *optional*):
+            1 for tiles, 0 for padding.
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Classes for the loss; numbers for `num_labels=1`; zeros and ones for
+            `problem_type="multi_label_classification"`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderForImageClassification
+
+        >>> config = LongNetSlideEncoderConfig(num_hidden_layers=2, num_labels=3)
+        >>> model = LongNetSlideEncoderForImageClassification(config).eval()
+        >>> tiles, coords = torch.randn(1, 300, 1536), torch.randint(0, 256_000, (1, 300, 2))
+        >>> model(tiles, coords).logits.shape
+        torch.Size([1, 3])
+        ```"""
+        outputs: LongNetSlideEncoderOutput = self.model(tile_embeds, coords, attention_mask, **kwargs)
+        embedding = outputs.pooler_output
+        # CODEPATH: gigapath's feat_layer; its fine-tuned models skip the encoder's final LayerNorm.
+        if self.config.classifier_layers is not None:
+            embedding = torch.cat([outputs.layer_embeddings[i] for i in self.config.classifier_layers], dim=-1)
+        logits = self.classifier(embedding)
+        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "LongNetSlideEncoderForImageClassification",
+    "LongNetSlideEncoderModel",
+    "LongNetSlideEncoderPreTrainedModel",
+]
