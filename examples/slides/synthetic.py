@@ -2,7 +2,7 @@
 
 Both tasks are built so that the mean of the tiles tells nothing, because both classes hold the same tiles on average:
 
-- `rare`: a few tiles bear two markers at once (class 1), or the markers lie in different tiles (class 0).
+- `rare`: a few tiles bear two markers at once (class 1); in class 0 all markers lie in different tiles, as many.
 - `arrangement`: as many immune tiles as tumour tiles, the immune tiles within the nest of tumour (class 1) or apart
   from it (class 0).
 
@@ -64,12 +64,13 @@ def _nearest(cells: np.ndarray, place: np.ndarray, count: int) -> np.ndarray:
 
 def _rare_tiles(random: np.random.Generator, cells: np.ndarray, label: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Places of each marker, and the planted ones among them."""
-    count = int(random.integers(3, 6))
-    places = random.permutation(len(cells))[: 2 * count]
-    first, second = places[:count], places[count:]
-    if label:
-        return [first, first], first
-    return [first, second], np.empty(0, dtype=int)
+    count, apart = int(random.integers(3, 6)), int(random.integers(2, 9))
+    first, second, both, more = np.split(
+        random.permutation(len(cells))[: 2 * (apart + count)], np.cumsum([apart, apart, count])
+    )
+    if label:  # so many tiles bear both
+        return [np.append(first, both), np.append(second, both)], both
+    return [np.append(first, both), np.append(second, more)], np.empty(0, dtype=int)
 
 
 def _arranged_tiles(random: np.random.Generator, cells: np.ndarray, label: int) -> tuple[list[np.ndarray], np.ndarray]:
