@@ -2,6 +2,8 @@
 
 - `gradient`: gradient of the output times the tile's features, less those of the slide's mean tile: how the output
   would change, to first order, if the tile were like any other (Shrikumar et al. 2017, arXiv 1704.02685).
+- `integrated`: the same gradient, averaged on the way from a slide of mean tiles to the slide as it is (integrated
+  gradients, Sundararajan et al. 2017, arXiv 1703.01365): it does not vanish where the output is saturated.
 - `rollout`: attention of the class token (of all tiles, where those are averaged), followed through the layers and
   residuals (Abnar and Zuidema 2020, arXiv 2005.00928). The same for every class; needs memory for N x N weights.
 
@@ -16,8 +18,9 @@ import torch
 from modeling_longnet import LongNetSlideEncoderForImageClassification
 
 
-METHODS = ("gradient", "rollout")
+METHODS = ("gradient", "integrated", "rollout")
 MAX_ROLLOUT_TILES = 6_000
+INTEGRATION_STEPS = 16
 FRACTIONS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 
 
@@ -29,14 +32,25 @@ def output_of(logits: torch.Tensor, target: int) -> torch.Tensor:
     return logits[..., target] - logits[..., others].logsumexp(dim=-1)
 
 
-def gradient_scores(model: LongNetSlideEncoderForImageClassification, batch: dict, target: int) -> np.ndarray:
-    """[N]: positive for tiles that speak for the target."""
-    tiles = batch["tile_embeds"].to(model.dtype).detach().requires_grad_()
-    with torch.enable_grad():
-        output = output_of(model(tiles, batch["coords"]).logits.float(), target).sum()
-        (gradient,) = torch.autograd.grad(output, tiles)
-    difference = tiles.detach() - tiles.detach().mean(dim=1, keepdim=True)
-    return (gradient.float() * difference.float()).sum(dim=-1)[0].cpu().numpy()
+def gradient_scores(
+    model: LongNetSlideEncoderForImageClassification, batch: dict, target: int, places: tuple[float, ...] = (1.0,)
+) -> np.ndarray:
+    """[N]: positive for tiles that speak for the target. `places`: 0 is a slide of mean tiles, 1 the slide itself."""
+    tiles = batch["tile_embeds"].to(model.dtype).detach()
+    mean = tiles.mean(dim=1, keepdim=True)
+    total = torch.zeros_like(tiles)
+    for place in places:
+        point = torch.lerp(mean.expand_as(tiles), tiles, place).requires_grad_()
+        with torch.enable_grad():
+            output = output_of(model(point, batch["coords"]).logits.float(), target).sum()
+            total += torch.autograd.grad(output, point)[0] / len(places)
+    return (total.float() * (tiles - mean).float()).sum(dim=-1)[0].cpu().numpy()
+
+
+def integrated_scores(model: LongNetSlideEncoderForImageClassification, batch: dict, target: int) -> np.ndarray:
+    """[N]: as `gradient_scores`, by the midpoint rule; the scores sum to what the slide changes in the output."""
+    places = tuple((step + 0.5) / INTEGRATION_STEPS for step in range(INTEGRATION_STEPS))
+    return gradient_scores(model, batch, target, places)
 
 
 @torch.no_grad()
@@ -65,7 +79,9 @@ def rollout_scores(model: LongNetSlideEncoderForImageClassification, batch: dict
     return pooled[1:].cpu().numpy()
 
 
-SCORERS: dict[str, Callable] = {"gradient": gradient_scores, "rollout": rollout_scores}
+SCORERS: dict[str, Callable] = {
+    "gradient": gradient_scores, "integrated": integrated_scores, "rollout": rollout_scores
+}  # fmt: skip
 
 
 @torch.inference_mode()

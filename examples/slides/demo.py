@@ -130,9 +130,9 @@ def heatmap_demo(options, heatmaps) -> dict:
     trained = run_folder("rare, end to end")
     data = ROOT / "rare"
     with open(trained / finetune.PREDICTIONS_FILE, newline="") as file:
-        cases = [row["slide_id"] for row in csv.DictReader(file) if row["target"] == "case"]
+        cases = [row["slide_id"] for row in csv.DictReader(file) if row["target"] == "positive"]
     options.features, options.checkpoint = data / FEATURES_FOLDER, trained / "model"
-    options.planted, options.target, options.slides = data / "planted", "case", sorted(cases)[:12]
+    options.planted, options.target, options.slides = data / "planted", "positive", sorted(cases)[:12]
     summary = heatmaps(options)
     found = {}
     for name in summary["slides"]:

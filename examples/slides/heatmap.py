@@ -1,6 +1,6 @@
 """What did the model look at? The contribution of each tile, drawn over the grid of the slide.
 
-Two ways of scoring tiles (see attribution.py) are tried, and the deletion test tells which one is faithful: without
+Three ways of scoring tiles (see attribution.py) are tried, and the deletion test tells which one is faithful: without
 the tiles that it calls important the prediction must fall, and faster than without any others.
 
     python -m examples.slides.heatmap --demo
@@ -17,7 +17,7 @@ from matplotlib.colors import CenteredNorm
 from tqdm.auto import tqdm
 
 from examples.reporting import new_figure, provenance, save_figure, write_json
-from examples.slides.attribution import FRACTIONS, METHODS, explain
+from examples.slides.attribution import FRACTIONS, MAX_ROLLOUT_TILES, METHODS, explain
 from examples.slides.encode import add_reading_arguments, reading_of
 from examples.slides.feature_files import (
     SlideFile,
@@ -43,15 +43,15 @@ def draw(path: Path, slide: SlideFile, about: dict, method: str, origin: dict, p
     """Left: the heat map. Right: the deletion test of each method."""
     figure, (left, right) = new_figure(2)
     image, extent = grid_image(slide.cells, np.array(about["methods"][method]["scores"]))
-    signed = method == "gradient"
+    signed = method != "rollout"
     shown = left.imshow(image, extent=extent, cmap="RdBu_r" if signed else "viridis",
                         norm=CenteredNorm() if signed else None, interpolation="nearest")  # fmt: skip
-    left.set_facecolor("0.92")
+    left.set_facecolor("0.8")
     figure.colorbar(shown, ax=left, label=f"{method}: contribution to {about['class']!r}")
     if planted is not None and planted.any():
         left.scatter(*slide.cells[planted].T, s=60, facecolors="none", edgecolors="black", linewidths=1.2,
                      label="planted")  # fmt: skip
-        left.legend(loc="upper left", fontsize=7)
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=7)
     left.set(xlabel="column (tiles)", ylabel="row (tiles)", title=f"{slide.slide_id}: {about['class']} "
              f"{about['output']:.3f}")  # fmt: skip
     for name, values in about["methods"].items():
@@ -104,6 +104,10 @@ def heatmaps(options: argparse.Namespace) -> dict:
             raise ValueError(f"`slides` must be among the readable files, got {unknown}.")
         slides = [slide for slide in slides if slide.slide_id in options.slides]
     methods = [options.method] if options.method != "auto" else list(METHODS)
+    longest = max((slide.num_tiles for slide in slides), default=0)
+    if longest > MAX_ROLLOUT_TILES and options.method == "auto":
+        methods.remove("rollout")
+        print(f"rollout is left out: {longest} tiles are more than {MAX_ROLLOUT_TILES}, and it forms N x N weights")
     output, done = options.output_dir, []
     run = {"checkpoint": str(options.checkpoint), "target": options.target, "methods": methods}
     for slide in tqdm(slides, desc="explaining", unit="slide"):

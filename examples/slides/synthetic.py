@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 TASKS = ("rare", "arrangement")
 LAYOUTS = ("CLAM", "TRIDENT", "STAMP")
-CLASSES = ("control", "case")
+CLASSES = ("negative", "positive")
 TILE_SIZE = 256  # pixels
 TISSUE, MARKER, OTHER_MARKER, TUMOUR, IMMUNE = range(5)
 LABELS_FILE, FEATURES_FOLDER = "labels.csv", "features"
