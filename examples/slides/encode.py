@@ -37,7 +37,7 @@ from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderModel
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEMO_FOLDER = Path("runs/slides")
+METADATA = "longnet_slides"  # one entry: the order of several is left to chance, and the file's bytes with it
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,12 +131,12 @@ def run_batches(model, batches: list[list[SlideFile]], parts: Path, layers: bool
                 tensors = encode_batch(model, slides, features) if slides else {}
                 if not layers:
                     tensors.pop("layers", None)
-                about = {"slides": json.dumps([slide.slide_id for slide in slides]), "skipped": json.dumps(unread)}
-                save_file(tensors, part.with_suffix(".tmp"), about)
+                about = {"slides": [slide.slide_id for slide in slides], "skipped": unread}
+                save_file(tensors, part.with_suffix(".tmp"), {METADATA: json.dumps(about)})
                 part.with_suffix(".tmp").replace(part)
             progress.update(sum(slide.num_tiles for slide in batch))
             with safe_open(part, "pt") as file:
-                skipped.update(json.loads(file.metadata()["skipped"]))
+                skipped.update(json.loads(file.metadata()[METADATA])["skipped"])
 
 
 def merge_parts(parts: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -144,7 +144,7 @@ def merge_parts(parts: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
     ids, tensors = [], []
     for part in sorted(parts.glob("*.safetensors")):
         with safe_open(part, "pt") as file:
-            names = json.loads(file.metadata()["slides"])
+            names = json.loads(file.metadata()[METADATA])["slides"]
         if names:
             ids += names
             tensors.append(load_file(part))
@@ -166,7 +166,7 @@ def write_embeddings(path: Path, ids: list[str], tensors: dict[str, torch.Tensor
                 file[name] = tensor.numpy()
             file.attrs["about"] = json.dumps(about)
     else:
-        save_file(tensors, temporary, {"slide_id": json.dumps(ids), "about": json.dumps(about)})
+        save_file(tensors, temporary, {METADATA: json.dumps({"slide_id": ids, **about})})
     temporary.replace(path)
 
 
@@ -183,7 +183,8 @@ def read_embeddings(path: str | Path) -> tuple[list[str], dict[str, torch.Tensor
                 ids = [name.decode() for name in file["slide_id"][...]]
                 return ids, {name: torch.from_numpy(file[name][...]) for name in ("pooled", "layers") if name in file}
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["slide_id"]), {name: file.get_tensor(name) for name in file.keys()}
+            ids = json.loads(file.metadata()[METADATA])["slide_id"]
+            return ids, {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
         raise ValueError(f"{path}: is no file of slide embeddings ({str(error).splitlines()[0]}).") from None
 

@@ -37,6 +37,8 @@ COORD_NAMES = ("coords", "coordinates", "coords_patching", "tile_coords", "posit
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz", ".safetensors", ".zarr")
 # Below this distance of neighbours, in pixels, coordinates are no pixels.
 SMALLEST_TILE = 16
+# Where neither the file nor neighbours tell: Prov-GigaPath's.
+USUAL_TILE = 256
 # A micrometre coordinate of float32 may lie just below its cell's edge.
 EDGE = 1e-3
 
@@ -305,18 +307,22 @@ def inspect_slide(path: Path, reading: Reading, in_chans: int | None = None, sli
             f"{path}: neighbouring tiles are {tile_size:g} apart, so these are no pixels; if they are indices of a "
             "grid, say so with --tile-size 1."
         )
-    cells = np.floor(coords / (tile_size or 256) + EDGE).astype(np.int64)
+    cells, notes = _cells(path, coords, tile_size or USUAL_TILE, slide_ngrids)
+    return SlideFile(path, path.stem, layout, name, shape[1], cells, tile_size or USUAL_TILE, tile_um, notes)
+
+
+def _cells(path: Path, coords: np.ndarray, tile_size: float, slide_ngrids: int | None) -> tuple[np.ndarray, list[str]]:
+    """Cells [N, 2] of coords [N, 2], and what is odd about them."""
+    cells = np.floor(coords / tile_size + EDGE).astype(np.int64)
     if slide_ngrids and cells.max() >= slide_ngrids:
         raise UnreadableSlide(
             f"{path}: coordinates up to {coords.max():g} at {tile_size:g} a tile lie outside the encoder's grid of "
             f"{slide_ngrids} cells each way."
         )
-    slide = SlideFile(path, path.stem, layout, name, shape[1], cells, tile_size or 256, tile_um)
-    if shared := len(cells) - len(np.unique(cells, axis=0)):
-        if shared == len(cells) - 1 > 0:
-            raise UnreadableSlide(f"{path}: all tiles fall into one cell of {tile_size:g}; see --tile-size.")
-        slide.notes.append(f"{shared} tiles share the cell of another (overlapping tiles?)")
-    return slide
+    shared = len(cells) - len(np.unique(cells, axis=0))
+    if shared == len(cells) - 1 > 0:
+        raise UnreadableSlide(f"{path}: all tiles fall into one cell of {tile_size:g}; see --tile-size.")
+    return cells, [f"{shared} tiles share the cell of another (overlapping tiles?)"] if shared else []
 
 
 def load_features(slide: SlideFile) -> torch.Tensor:

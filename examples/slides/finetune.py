@@ -13,6 +13,7 @@ Besides the options of this file, every option of Transformers' TrainingArgument
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_curve
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.slides import cases as cases_
@@ -216,11 +218,23 @@ def make_trainer(options: Options, training: TrainingArguments, data: Data) -> S
     return trainer
 
 
+def last_complete_checkpoint(output: Path) -> str | None:
+    """The Trainer's last checkpoint that was written to its end, which is its state; killed in between, it has none."""
+    found = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+            return str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
 def train(options: Options, training: TrainingArguments, data: Data) -> tuple[np.ndarray, dict]:
     """Trains end to end, writes the model; scores of the test slides and what the training took."""
     set_seed(training.seed)
     trainer = make_trainer(options, training, data)
-    checkpoint = get_last_checkpoint(training.output_dir) if options.resume else None
+    checkpoint = last_complete_checkpoint(Path(training.output_dir)) if options.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     prediction = trainer.predict(trainer.test_dataset)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
