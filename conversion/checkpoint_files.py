@@ -55,18 +55,19 @@ def read_file(path: str | Path) -> dict:
     return content
 
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint: the file itself, or its entry "model".
+def read_state_dict(path: str | Path, entries: tuple[str, ...] = ("model",)) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint: the file itself, or the first of `entries` that it has.
 
     Raises:
         ValueError: what `read_file` refuses, and entries that are not dense tensors of real numbers.
     """
     content = read_file(path)
-    if isinstance(content.get("model"), dict):
-        content = content["model"]
+    entry = next((name for name in entries if isinstance(content.get(name), dict)), None)
+    if entry is not None:
+        content = content[entry]
     elif not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(
-            f"{path}: must be a state dict or hold one under the key 'model', got the keys "
+            f"{path}: must be a state dict or hold one under the key {' or '.join(map(repr, entries))}, got the keys "
             f"{list(map(str, content))[:5]}."
         )
     for key, value in content.items():

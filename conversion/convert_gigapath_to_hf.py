@@ -1,5 +1,6 @@
 """Convert Prov-GigaPath's slide encoder into a Transformers folder: a LongNetSlideEncoderModel.
 
+A fine-tuned checkpoint (keys `slide_encoder.*` and `classifier.*`) becomes a LongNetSlideEncoderForImageClassification.
 The shape is read from the weights; what they do not tell are options, with the published values as defaults.
 
     python conversion/convert_gigapath_to_hf.py --checkpoint slide_encoder.pth --output my-slide-encoder
@@ -11,15 +12,19 @@ from pathlib import Path
 
 import torch
 
-from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderModel
+from modeling_longnet import (
+    LongNetSlideEncoderConfig,
+    LongNetSlideEncoderForImageClassification,
+    LongNetSlideEncoderModel,
+)
 
 
 try:
     from conversion import checkpoint_files as files
-    from conversion.gigapath_format import gigapath_key
+    from conversion.gigapath_format import CLASSIFIER, ENCODER_PREFIX, USUAL_CLASSIFIER_LAYERS, gigapath_key
 except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
     import checkpoint_files as files
-    from gigapath_format import gigapath_key
+    from gigapath_format import CLASSIFIER, ENCODER_PREFIX, USUAL_CLASSIFIER_LAYERS, gigapath_key
 
 
 DEFAULTS = LongNetSlideEncoderConfig()
@@ -29,16 +34,35 @@ which offer it for research only, not for clinical care or any other deployment.
 needs the same terms, so keep a repository of them private or gated. Weights of your own: state their licence here."""
 
 
-def _refuse_longvit(checkpoint: str | Path) -> None:
-    """LongViT reads pixels and has a learned table of positions: another model, which this project does not have."""
-    content = files.read_file(checkpoint)
-    tensors = next((content[name] for name in ("teacher", "model") if isinstance(content.get(name), dict)), content)
-    image_encoder = any("pos_embed" in str(key) or str(key).startswith(("backbone.", "model.")) for key in tensors)
-    if "teacher" in content or image_encoder:
+def _refuse_longvit(checkpoint: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """LongViT reads pixels and has a learned table of positions: another model, with a converter of its own."""
+    if any(str(key).endswith("pos_embed") for key in tensors):
         raise ValueError(
-            f"{checkpoint}: is a LongViT (an image encoder with learned positions: keys 'teacher', 'backbone.', "
-            "'pos_embed'), which is not supported; only Prov-GigaPath's slide encoder is."
+            f"{checkpoint}: is a LongViT (an image encoder with learned positions, key 'pos_embed'); "
+            "convert_longvit_to_hf.py converts it."
         )
+
+
+def _head_settings(
+    checkpoint: str | Path, tensors: Mapping[str, torch.Tensor], layers: list[int] | None, labels: list[str] | None
+) -> dict:
+    """What a fine-tuned model's classifier adds to the configuration."""
+    weight = tensors.get(f"{CLASSIFIER}.weight")
+    if weight is None or weight.dim() != 2:
+        got = "none" if weight is None else f"one of shape {tuple(weight.shape)}"
+        raise ValueError(f"{checkpoint}: a fine-tuned model must hold a matrix '{CLASSIFIER}.weight', got {got}.")
+    width = tensors[f"{ENCODER_PREFIX}patch_embed.proj.weight"].shape[0]
+    layers = layers or (USUAL_CLASSIFIER_LAYERS if weight.shape[1] == width else None)
+    if layers is None or len(layers) * width != weight.shape[1]:
+        raise ValueError(
+            f"{checkpoint}: '{CLASSIFIER}.weight' reads {weight.shape[1] / width:g} layers of {width}, but `classifier_"
+            f"layers` (feat_layer there) names {layers or 'none'}."
+        )
+    if labels and len(labels) != len(weight):
+        raise ValueError(f"{checkpoint}: '{CLASSIFIER}.weight' tells {len(weight)} classes, `labels` names {labels}.")
+    names = labels or [f"LABEL_{k}" for k in range(len(weight))]
+    return {"classifier_layers": layers, "id2label": dict(enumerate(names)),
+            "label2id": {name: k for k, name in enumerate(names)}}  # fmt: skip
 
 
 def _config(checkpoint: str | Path, tensors: Mapping[str, torch.Tensor], **settings) -> LongNetSlideEncoderConfig:
@@ -63,21 +87,38 @@ def _config(checkpoint: str | Path, tensors: Mapping[str, torch.Tensor], **setti
 
 
 def load_gigapath(
-    checkpoint: str | Path, dtype: str | None = None, **settings
-) -> tuple[LongNetSlideEncoderModel, list[tuple[str, str, torch.Tensor]]]:
-    """A Prov-GigaPath slide encoder as our model, and (key in the checkpoint, our key, tensor) of each tensor.
+    checkpoint: str | Path,
+    dtype: str | None = None,
+    classifier_layers: list[int] | None = None,
+    labels: list[str] | None = None,
+    **settings,
+) -> tuple[LongNetSlideEncoderModel | LongNetSlideEncoderForImageClassification, list[tuple[str, str, torch.Tensor]]]:
+    """A Prov-GigaPath checkpoint as our model, and (key in the checkpoint, our key, tensor) of each tensor.
 
     Args:
-        checkpoint: {"model": state dict} or a bare state dict, .pth or .safetensors.
+        checkpoint: {"model": state dict} or a bare state dict, .pth or .safetensors; of the slide encoder, or of a
+            fine-tuned model.
         dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint.
+        classifier_layers: a fine-tuned model's `feat_layer`, [11] by default if its classifier reads one layer.
+        labels: names of its classes, in the order of its outputs.
         settings: other fields of `LongNetSlideEncoderConfig`, which the weights do not tell.
 
     Raises:
         ValueError: naming file and key, for whatever cannot be converted exactly.
     """
-    _refuse_longvit(checkpoint)
-    tensors = files.read_state_dict(checkpoint)
-    model = files.on_meta_device(LongNetSlideEncoderModel, _config(checkpoint, tensors, **settings), checkpoint)
+    tensors = files.read_state_dict(checkpoint, ("model", "teacher"))
+    _refuse_longvit(checkpoint, tensors)
+    architecture, encoder = LongNetSlideEncoderModel, tensors
+    if any(key.startswith(ENCODER_PREFIX) for key in tensors):
+        architecture = LongNetSlideEncoderForImageClassification
+        encoder = {key.removeprefix(ENCODER_PREFIX): value for key, value in tensors.items()
+                   if key.startswith(ENCODER_PREFIX)}  # fmt: skip
+        _config(checkpoint, encoder, **settings)  # its checks come first
+        settings |= _head_settings(checkpoint, tensors, classifier_layers, labels)
+    elif classifier_layers or labels:
+        raise ValueError(f"{checkpoint}: has no classifier, so `classifier_layers` and `labels` mean nothing.")
+    config = _config(checkpoint, encoder, **settings)
+    model = files.on_meta_device(architecture, config, checkpoint)
     targets = {gigapath_key(key): key for key in model.state_dict()}
     shapes = {source: tuple(model.state_dict()[target].shape) for source, target in targets.items()}
     files.check_tensors(checkpoint, tensors, shapes, dtype=dtype)
@@ -107,7 +148,7 @@ def convert_gigapath_to_hf(
     card = files.model_card(
         Path(checkpoint),
         type(model).__name__,
-        what="Prov-GigaPath's slide encoder as a `LongNetSlideEncoderModel`.",
+        what=f"Prov-GigaPath's slide encoder as a `{type(model).__name__}`.",
         converter="convert_gigapath_to_hf.py",
         settings=settings,
         dtype=dtype,
@@ -124,6 +165,9 @@ def main(arguments: list[str] | None = None) -> Path:
         default = getattr(DEFAULTS, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"by default {default}")
     parser.add_argument("--pooling", choices=("cls", "mean"), default="cls", help="'mean' is global_pool there")
+    group = parser.add_argument_group("fine-tuned models")
+    group.add_argument("--classifier-layers", type=int, nargs="+", help="feat_layer there; by default 11")
+    group.add_argument("--labels", nargs="+", help="names of the classes, in the order of the outputs")
     files.add_common_arguments(parser)
     options = parser.parse_args(arguments)
     try:
@@ -131,6 +175,7 @@ def main(arguments: list[str] | None = None) -> Path:
             options.checkpoint, options.output, dtype=options.dtype, licence=options.license, dry_run=options.dry_run,
             num_attention_heads=options.num_attention_heads, max_wsi_size=options.max_wsi_size,
             tile_size=options.tile_size, slide_ngrids=options.slide_ngrids, pooling=options.pooling,
+            classifier_layers=options.classifier_layers, labels=options.labels,
         )  # fmt: skip
     except ValueError as error:
         parser.error(str(error))

@@ -1,8 +1,9 @@
-"""Convert a LongNet or a LongNet slide encoder of Transformers back into a file of torchscale or Prov-GigaPath.
+"""Convert a LongNet, a slide encoder or a LongViT of Transformers back into a file of torchscale or Prov-GigaPath.
 
     python conversion/convert_hf_to_torchscale.py --checkpoint my-longnet --output torchscale-longnet
 
-The folder holds checkpoint.pt with {"model": state dict} (slide_encoder.pth for a slide encoder) and args.json.
+The folder holds checkpoint.pt with {"model": state dict} and args.json; for a slide encoder slide_encoder.pth, for a
+fine-tuned one checkpoint.pt with a bare state dict, for a LongViT longvit.pth: what the originals read.
 """
 
 import argparse
@@ -16,20 +17,25 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
 import modeling_longnet
-from modeling_longnet import LongNetConfig, LongNetSlideEncoderConfig
+from modeling_longnet import LongNetConfig, LongNetSlideEncoderConfig, LongViTConfig
 
 
 try:
     from conversion import checkpoint_files as files
+    from conversion import longvit_format as longvit
     from conversion import torchscale_format as torchscale
-    from conversion.gigapath_format import gigapath_key, to_settings
+    from conversion.gigapath_format import gigapath_key, to_head_settings, to_settings
 except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
     import checkpoint_files as files
+    import longvit_format as longvit
     import torchscale_format as torchscale
-    from gigapath_format import gigapath_key, to_settings
+    from gigapath_format import gigapath_key, to_head_settings, to_settings
 
 
-ARCHITECTURES = ("LongNetForCausalLM", "LongNetForMaskedLM", "LongNetModel", "LongNetSlideEncoderModel")
+ARCHITECTURES = (
+    "LongNetForCausalLM", "LongNetForMaskedLM", "LongNetModel", "LongNetSlideEncoderModel",
+    "LongNetSlideEncoderForImageClassification", "LongViTModel", "LongViTForImageClassification",
+)  # fmt: skip
 
 
 def load_model(checkpoint: str | Path) -> PreTrainedModel:
@@ -43,7 +49,8 @@ def load_model(checkpoint: str | Path) -> PreTrainedModel:
     except OSError as error:
         raise ValueError(f"{checkpoint}: {str(error).splitlines()[0]}") from None
     architecture = (config.architectures or ["none"])[0]
-    if not isinstance(config, (LongNetConfig, LongNetSlideEncoderConfig)) or architecture not in ARCHITECTURES:
+    ours = (LongNetConfig, LongNetSlideEncoderConfig, LongViTConfig)
+    if not isinstance(config, ours) or architecture not in ARCHITECTURES:
         raise ValueError(
             f"{checkpoint}: must hold one of {', '.join(ARCHITECTURES)}, got {architecture!r} of model type "
             f"{config.model_type!r}."
@@ -70,7 +77,15 @@ def to_torchscale(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key!r} holds NaN or infinite values.")
     if config.model_type == LongNetSlideEncoderConfig.model_type:
-        return {gigapath_key(key): tensor for key, tensor in weights.items()}, to_settings(config)
+        settings = to_settings(config)
+        if "classifier.weight" in weights:
+            settings |= to_head_settings(config)
+        return {gigapath_key(key): tensor for key, tensor in weights.items()}, settings
+    if config.model_type == LongViTConfig.model_type:
+        settings = longvit.to_settings(config)
+        if "classifier.weight" in weights:
+            settings["num_classes"] = config.num_labels
+        return {longvit.longvit_key(key, config.norm_before_pooling): x for key, x in weights.items()}, settings
     has_embed_tokens = getattr(config, "torchscale_embed_tokens", True)
     arguments = torchscale.to_arguments(config, has_embed_tokens, "lm_head.weight" in weights)
     result = {torchscale.torchscale_key(key): tensor for key, tensor in weights.items()}
@@ -80,6 +95,16 @@ def to_torchscale(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict
         for key in torchscale.xpos_keys(config.num_hidden_layers):
             result[key] = torchscale.xpos_scale(config.head_dim).to(model.dtype)
     return result, arguments
+
+
+def file_of(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Name of the original's file, and of the entry that holds the state dict; None where the file is one."""
+    has_classifier = type(model).__name__.endswith("ForImageClassification")
+    if model.config.model_type == LongNetSlideEncoderConfig.model_type:
+        return ("checkpoint.pt", None) if has_classifier else ("slide_encoder.pth", "model")
+    if model.config.model_type == LongViTConfig.model_type:
+        return "longvit.pth", "teacher" if model.config.norm_before_pooling else "model"
+    return "checkpoint.pt", "model"
 
 
 def convert_hf_to_torchscale(
@@ -106,13 +131,12 @@ def convert_hf_to_torchscale(
     # Copies: tied tensors share memory, which safetensors refuses, and torchscale stores them twice.
     copy = {"memory_format": torch.contiguous_format}
     tensors = {prefix + key: tensor.detach().clone(**copy) for key, tensor in tensors.items()}
-    is_slide_encoder = model.config.model_type == LongNetSlideEncoderConfig.model_type
-    name = "slide_encoder" if is_slide_encoder else "checkpoint"
+    name, entry = file_of(model)
     with files.new_folder(output) as folder:
         if safetensors:
-            save_file(tensors, folder / f"{name}.safetensors")
+            save_file(tensors, (folder / name).with_suffix(".safetensors"))
         else:
-            torch.save({"model": tensors}, folder / (f"{name}.pth" if is_slide_encoder else f"{name}.pt"))
+            torch.save({entry: tensors} if entry else tensors, folder / name)
         (folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
     return Path(output)
 

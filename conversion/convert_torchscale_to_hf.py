@@ -36,7 +36,9 @@ def _read(checkpoint: str | Path, config: str | Path) -> tuple[str, dict[str, An
     """Side, arguments and tensors, the latter without fairseq's prefix."""
     tensors = files.read_state_dict(checkpoint)
     if any(key.startswith(("backbone.", "patch_embed.", "pos_embed")) for key in tensors):
-        raise ValueError(f"{checkpoint}: holds an image or slide encoder; see convert_gigapath_to_hf.py.")
+        raise ValueError(
+            f"{checkpoint}: holds an image or slide encoder; see convert_longvit_to_hf.py, convert_gigapath_to_hf.py."
+        )
     prefix = None
     for side in ("decoder", "encoder"):
         if any(key.startswith(f"{side}.") for key in tensors):

@@ -1,6 +1,7 @@
 """Prov-GigaPath's keys and settings next to ours, read in both directions.
 
-Source: gigapath/slide_encoder.py and gigapath/torchscale/model/LongNetConfig.py.
+Source: gigapath/slide_encoder.py, gigapath/torchscale/model/LongNetConfig.py and, for fine-tuned models (a state dict
+with the keys `slide_encoder.*` and `classifier.0.*`), gigapath/classification_head.py.
 """
 
 from typing import Any
@@ -31,12 +32,22 @@ SETTINGS = {
 }
 
 
+ENCODER_PREFIX, CLASSIFIER = "slide_encoder.", "classifier.0"  # of fine-tuned models
+USUAL_CLASSIFIER_LAYERS = [11]  # feat_layer's default in finetune/params.py
+
+
 def gigapath_key(key: str) -> str:
-    """The key in Prov-GigaPath's state dict of one of ours.
+    """The key in Prov-GigaPath's state dict of one of ours; a classifier's keys are those of a fine-tuned model.
 
         >>> gigapath_key("pooler.norm.weight")
         'norm.weight'
+        >>> gigapath_key("model.embeddings.cls_token")
+        'slide_encoder.cls_token'
     """
+    if key.startswith("classifier."):
+        return key.replace("classifier", CLASSIFIER)
+    if key.startswith("model."):
+        return ENCODER_PREFIX + gigapath_key(key.removeprefix("model."))
     if key == "embeddings.cls_token":
         return "cls_token"
     return torchscale_key(key, OUTER_KEYS, layers="encoder.layers")
@@ -57,3 +68,14 @@ def to_settings(config: LongNetSlideEncoderConfig) -> dict[str, Any]:
         if getattr(config, name) != getattr(original, name):
             raise ValueError(f"`{name}` must be {getattr(original, name)!r} here, got {getattr(config, name)!r}.")
     return {theirs: values[ours] for ours, theirs in SETTINGS.items()} | {"global_pool": config.pooling == "mean"}
+
+
+def to_head_settings(config: LongNetSlideEncoderConfig) -> dict[str, Any]:
+    """The original's settings of the classifier of a fine-tuned model.
+
+    Raises:
+        ValueError: a classifier that reads what the original's does not.
+    """
+    if config.classifier_layers is None:
+        raise ValueError("`classifier_layers` must name layers here, got None: the original's classifier reads those.")
+    return {"feat_layer": "-".join(map(str, config.classifier_layers)), "n_classes": config.num_labels}

@@ -17,6 +17,7 @@ from transformers import (
 from ._version import __version__
 from .configuration_longnet import LongNetConfig
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
+from .configuration_longvit import LongViTConfig
 from .dilated_attention import DilatedAttention, dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
 from .dilated_cache import DilatedCache
@@ -33,6 +34,7 @@ from .modeling_longnet import (
     LongNetPreTrainedModel,
 )
 from .modeling_longnet_slide_encoder import LongNetSlideEncoderForImageClassification, LongNetSlideEncoderModel
+from .modeling_longvit import LongViTForImageClassification, LongViTModel
 from .patching import is_patched, load_patched_model, patch_model, unpatch_model
 from .transformers_compat import UPLOAD
 
@@ -46,9 +48,11 @@ _AUTO_CLASSES = {
     LongNetForTokenClassification: AutoModelForTokenClassification,
     LongNetSlideEncoderModel: AutoModel,
     LongNetSlideEncoderForImageClassification: AutoModelForImageClassification,
+    LongViTModel: AutoModel,
+    LongViTForImageClassification: AutoModelForImageClassification,
 }
 
-for _config_class in (LongNetConfig, LongNetSlideEncoderConfig):
+for _config_class in (LongNetConfig, LongNetSlideEncoderConfig, LongViTConfig):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()  # this and its like below: save_pretrained copies the code as well
 for _model_class, _auto in _AUTO_CLASSES.items():
@@ -72,6 +76,9 @@ __all__ = [
     "LongNetSlideEncoderConfig",
     "LongNetSlideEncoderForImageClassification",
     "LongNetSlideEncoderModel",
+    "LongViTConfig",
+    "LongViTForImageClassification",
+    "LongViTModel",
     "__version__",
     "dilated_attention",
     "dilated_attention_reference",

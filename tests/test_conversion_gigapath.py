@@ -9,14 +9,18 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from conversion import convert_gigapath_to_hf, convert_hf_to_torchscale
-from modeling_longnet import LongNetSlideEncoderModel
+from modeling_longnet import LongNetSlideEncoderForImageClassification, LongNetSlideEncoderModel
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINT = FIXTURES / "gigapath_slide_encoder.pth"
+FINETUNED = FIXTURES / "gigapath_finetuned.pth"
+FINETUNED_OPTIONS = (
+    "--classifier-layers", "1", "3", "--num-attention-heads", "4", "--slide-ngrids", "40", "--max-wsi-size", "65536"
+)  # fmt: skip
 TOLERANCE = 2e-5  # float32
 
 
@@ -122,13 +126,73 @@ assert error < {TOLERANCE}, error
     assert done.returncode == 0, done.stderr
 
 
+def convert_finetuned(output: Path, *options: str) -> Path:
+    return convert_gigapath_to_hf.main(["--checkpoint", str(FINETUNED), "--output", str(output), *options])
+
+
+def test_a_fine_tuned_model_gives_the_logits_of_the_original(tmp_path):
+    expected = load_file(FIXTURES / "gigapath_finetuned.expected.safetensors")
+    output = convert_finetuned(tmp_path / "m", *FINETUNED_OPTIONS, "--labels", "a", "b", "c")
+    model = AutoModelForImageClassification.from_pretrained(output)
+    assert type(model) is LongNetSlideEncoderForImageClassification
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    with torch.no_grad():
+        logits = model(expected["tile_embeds"], expected["coords"]).logits
+        torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=TOLERANCE)
+        for changed in ({"classifier_layers": [3, 1]}, {"classifier_layers": [1, 2]}, {"padding": "mask"}):
+            other = AutoModelForImageClassification.from_pretrained(output, **changed)
+            moved = other(expected["tile_embeds"], expected["coords"]).logits - expected["logits"]
+            assert moved.abs().max() > 10 * TOLERANCE, changed
+
+
+def test_a_fine_tuned_model_goes_there_and_back_bit_equal(tmp_path):
+    back = convert_hf_to_torchscale.convert_hf_to_torchscale(
+        convert_finetuned(tmp_path / "m", *FINETUNED_OPTIONS), tmp_path / "back"
+    )
+    got, wanted = (torch.load(path, weights_only=True) for path in (back / "checkpoint.pt", FINETUNED))
+    assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in wanted)
+    settings = json.loads((back / "args.json").read_text())
+    assert settings["feat_layer"] == "1-3" and settings["n_classes"] == 3
+
+
+def test_what_a_fine_tuned_file_does_not_tell_is_asked_for(tmp_path, capsys):
+    for options, message in (
+        ((), "reads 2 layers of 32, but `classifier_layers`"),
+        (("--classifier-layers", "1"), "reads 2 layers of 32"),
+        ((*FINETUNED_OPTIONS, "--labels", "a"), "tells 3 classes"),
+        (("--classifier-layers", "1", "9"), "`classifier_layers` must name layers from 0"),
+    ):
+        with pytest.raises(SystemExit):
+            convert_finetuned(tmp_path / "m", "--num-attention-heads", "4", *options)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "m", "--labels", "a", "b")
+    assert "has no classifier" in capsys.readouterr().err
+
+
+def test_half_a_fine_tuned_file_is_refused_by_what_lacks(tmp_path):
+    tensors = torch.load(FINETUNED, weights_only=True)
+    settings = {"num_attention_heads": 4, "classifier_layers": [1, 3]}
+    for lost in ("classifier.0.weight", "classifier.0.bias", "slide_encoder.norm.weight"):
+        torch.save({key: value for key, value in tensors.items() if key != lost}, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=lost):
+            convert_gigapath_to_hf.load_gigapath(tmp_path / "x.pth", **settings)
+
+
+def test_a_classifier_of_the_pooled_output_is_refused_on_the_way_back(tmp_path):
+    config = AutoConfig.from_pretrained(convert(tmp_path / "m"), num_labels=2)
+    LongNetSlideEncoderForImageClassification(config).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="`classifier_layers` must name layers here, got None"):
+        convert_hf_to_torchscale.convert_hf_to_torchscale(tmp_path / "own", tmp_path / "back")
+
+
 def test_each_converter_is_a_script_with_help():
     root = Path(__file__).parent.parent
     code = f"""
 import runpy, sys
 sys.path[0] = {str(root / "conversion")!r}
 sys.modules["conversion"] = None  # as where only the package is installed
-for name in ("convert_torchscale_to_hf", "convert_hf_to_torchscale", "convert_gigapath_to_hf"):
+for name in ("convert_torchscale_to_hf", "convert_hf_to_torchscale", "convert_gigapath_to_hf", "convert_longvit_to_hf"):
     sys.argv = [name, "--help"]
     try:
         runpy.run_path({str(root / "conversion")!r} + f"/{{name}}.py", run_name="__main__")
@@ -137,4 +201,4 @@ for name in ("convert_torchscale_to_hf", "convert_hf_to_torchscale", "convert_gi
 """
     environment = {"PYTHONPATH": str(root), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("--dry-run") >= 3, done.stderr
+    assert done.returncode == 0 and done.stdout.count("--dry-run") >= 4, done.stderr

@@ -260,7 +260,7 @@ def test_bad_settings_of_a_slide_encoder_are_named(setting, tmp_path, capsys):
 )  # fmt: skip
 def test_longvit_is_refused_by_name(content, tmp_path):
     torch.save(content, tmp_path / "longvit.pth")
-    assert_refused(tmp_path / "longvit.pth", "longvit.pth", "LongViT")
+    assert_refused(tmp_path / "longvit.pth", "longvit.pth", "LongViT", "convert_longvit_to_hf.py")
 
 
 def test_an_output_folder_in_use_is_left_alone(checkpoint, tmp_path):

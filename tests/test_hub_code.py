@@ -19,7 +19,10 @@ from modeling_longnet import (
     LongNetForSequenceClassification,
     LongNetModel,
     LongNetSlideEncoderConfig,
+    LongNetSlideEncoderForImageClassification,
     LongNetSlideEncoderModel,
+    LongViTConfig,
+    LongViTForImageClassification,
 )
 
 
@@ -48,14 +51,21 @@ CODE = {
     "visible_attention.py",
 }
 SLIDE_ENCODER_CODE = CODE | {"configuration_longnet_slide_encoder.py", "modeling_longnet_slide_encoder.py"}
+LONGVIT_CODE = CODE | {"configuration_longvit.py", "modeling_longvit.py"}
 ENCODER = {"is_causal": False, "position_embedding_type": "rope"}
 
 
-def slide_encoder() -> LongNetSlideEncoderModel:
+def slide_encoder(architecture=LongNetSlideEncoderModel) -> LongNetSlideEncoderModel:
     config = LongNetSlideEncoderConfig(
         num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4, in_chans=16, **SCHEDULE
     )
-    return LongNetSlideEncoderModel(config)
+    return architecture(config)
+
+
+def longvit() -> LongViTForImageClassification:
+    config = LongViTConfig(image_size=32, patch_size=4, num_hidden_layers=2, hidden_size=32, intermediate_size=48,
+                           num_attention_heads=4, **SCHEDULE)  # fmt: skip
+    return LongViTForImageClassification(config)
 
 
 MODELS = {
@@ -64,6 +74,8 @@ MODELS = {
     "classification": lambda: LongNetForSequenceClassification(tiny_config(pad_token_id=0, num_labels=3)),
     "base": lambda: LongNetModel(tiny_config()),
     "slide_encoder": slide_encoder,
+    "slide_classifier": lambda: slide_encoder(LongNetSlideEncoderForImageClassification),
+    "longvit": longvit,
 }
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -71,6 +83,8 @@ AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "base": "AutoModel",
     "slide_encoder": "AutoModel",
+    "slide_classifier": "AutoModelForImageClassification",
+    "longvit": "AutoModelForImageClassification",
 }
 # What a stranger runs: no package of ours, no optional kernel, no einops, and another working directory.
 STRANGER = """
@@ -101,7 +115,9 @@ for name, auto_class in auto_classes.items():
     said[f"{name} config"] = type(config).__name__
     said[f"{name} module"] = type(model).__module__.split(".")[0]
     slide = {key: inputs[key] for key in ("tile_embeds", "coords")}
-    arguments = slide if name == "slide_encoder" else {"input_ids": inputs["input_ids"]}
+    arguments = slide if name.startswith("slide_") else {"input_ids": inputs["input_ids"]}
+    if name == "longvit":
+        arguments = {"pixel_values": inputs["pixel_values"]}
     found = {}
     with torch.no_grad():
         for place in ("saved", "saved_again"):
@@ -136,6 +152,7 @@ def saved(tmp_path_factory) -> Path:
         "input_ids": torch.randint(1, 60, (2, 50)),
         "tile_embeds": torch.randn(2, 50, 16),
         "coords": torch.randint(0, 200_000, (2, 50, 2)),
+        "pixel_values": torch.randn(2, 3, 32, 32),
     }
     save_file(inputs, folder / "inputs.safetensors")
     return folder
@@ -157,12 +174,15 @@ def load_results(saved: Path, name: str) -> tuple[dict, dict]:
 
     inputs, found = load_file(saved / "inputs.safetensors"), load_file(saved / f"{name}.safetensors")
     slide = {key: inputs[key] for key in ("tile_embeds", "coords")}
-    return (slide if name == "slide_encoder" else {"input_ids": inputs["input_ids"]}), found
+    if name == "longvit":
+        return {"pixel_values": inputs["pixel_values"]}, found
+    return (slide if name.startswith("slide_") else {"input_ids": inputs["input_ids"]}), found
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_save_pretrained_copies_exactly_these_code_files(saved, name):
-    expected = SLIDE_ENCODER_CODE if name == "slide_encoder" else CODE
+    expected = {"slide_encoder": SLIDE_ENCODER_CODE, "slide_classifier": SLIDE_ENCODER_CODE, "longvit": LONGVIT_CODE}
+    expected = expected.get(name, CODE)
     assert {path.name for path in (saved / name).glob("*.py")} == expected
     assert not [path for path in (saved / name).iterdir() if path.is_dir()]
 
@@ -237,7 +257,7 @@ def test_a_stranger_needs_neither_the_package_nor_optional_libraries(stranger):
     assert stranger["loaded"] == []
 
 
-@pytest.mark.parametrize("name", ["causal_lm", "slide_encoder"])
+@pytest.mark.parametrize("name", ["causal_lm", "slide_encoder", "longvit"])
 def test_transformers_finds_no_package_to_demand(saved, name):
     """It demands what any import statement outside `try` names, inside functions too, when code comes from the Hub."""
     allowed = {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)

@@ -604,7 +604,9 @@ def test_public_names_are_frozen():
         "DilatedAttention", "DilatedCache", "DilationSchedule", "LongNetConfig", "LongNetForCausalLM",
         "LongNetForMaskedLM", "LongNetForQuestionAnswering", "LongNetForSequenceClassification",
         "LongNetForTokenClassification", "LongNetModel", "LongNetPreTrainedModel", "LongNetSlideEncoderConfig",
-        "LongNetSlideEncoderForImageClassification", "LongNetSlideEncoderModel", "__version__", "dilated_attention", "dilated_attention_reference",
+        "LongNetSlideEncoderForImageClassification", "LongNetSlideEncoderModel", "LongViTConfig",
+        "LongViTForImageClassification", "LongViTModel", "__version__", "dilated_attention",
+        "dilated_attention_reference",
         "export_patched_model", "is_patched", "load_patched_model", "make_model_card", "patch_model", "unpatch_model",
     }  # fmt: skip
     assert all(hasattr(modeling_longnet, name) for name in modeling_longnet.__all__)

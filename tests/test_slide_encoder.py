@@ -1,6 +1,7 @@
 """The slide encoder: positions in closed form, batches of unequal slides, pooling, and what is refused."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
-from modeling_longnet import LongNetSlideEncoderConfig, LongNetSlideEncoderModel, make_model_card
+from modeling_longnet import (
+    LongNetSlideEncoderConfig,
+    LongNetSlideEncoderForImageClassification,
+    LongNetSlideEncoderModel,
+    make_model_card,
+)
 
 
 PRESETS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-slide-encoder-*"))
@@ -186,6 +193,116 @@ def test_half_precision_stays_near_and_keeps_its_dtype(dtype, tmp_path):
     assert (got.float() - wanted).abs().max() < 16 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
+class Messages(logging.Handler):
+    """What Transformers' loggers say."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def messages():
+    handler, logger = Messages(), logging.getLogger("modeling_longnet")
+    transformers_logging.warning_once.cache_clear()
+    logger.addHandler(handler)
+    yield handler.texts
+    logger.removeHandler(handler)
+    transformers_logging.warning_once.cache_clear()
+
+
+def test_indices_of_a_grid_for_coordinates_are_warned_of_once(messages):
+    model, (tiles, coords) = small_model(), slides(2, 10)
+    mask = torch.arange(10) < torch.tensor([[10], [1]])
+    with torch.no_grad():
+        model(tiles, coords)
+        model(tiles, coords, mask)  # one slide with a single tile, which has one cell by right
+        assert not messages
+        for _ in range(2):
+            model(tiles, torch.stack([coords[0], coords[1] % 20]))
+    assert len(messages) == 1 and "all tiles of a slide into one cell" in messages[0]
+
+
+def test_hidden_tiles_do_not_hide_that_all_others_share_a_cell(messages):
+    model, (tiles, coords) = small_model(), slides(1, 10)
+    coords[0, :4] = torch.arange(4)[:, None].float()
+    with torch.no_grad():
+        model(tiles, coords, torch.arange(10)[None] < 4)
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_features_of_any_floating_dtype_are_taken_to_the_models(given, own):
+    model, (tiles, coords) = small_model().to(own), slides(1, 20)
+    with torch.no_grad():
+        got, wanted = model(tiles.to(given), coords), model(tiles.to(given).to(own), coords)
+    assert got.pooler_output.dtype == own and torch.equal(got.pooler_output, wanted.pooler_output)
+
+
+def test_features_that_are_no_floating_point_numbers_are_refused_by_name():
+    model, (tiles, coords) = small_model(), slides(1, 20)
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(ValueError, match=f"`tile_embeds` must be floating point numbers, got {dtype}"):
+            model(tiles.to(dtype), coords)
+
+
+@pytest.mark.parametrize("layers", [None, [1], [0, 2]])
+def test_the_head_reads_the_embedding_that_the_configuration_names(layers, tmp_path):
+    torch.manual_seed(0)
+    config = LongNetSlideEncoderConfig(**SMALL, num_labels=3, classifier_layers=layers)
+    model, (tiles, coords) = LongNetSlideEncoderForImageClassification(config).eval(), slides(2, 40)
+    mask, labels = torch.arange(40) < torch.tensor([[40], [25]]), torch.tensor([2, 0])
+    with torch.no_grad():
+        output, body = model(tiles, coords, mask, labels=labels), model.model(tiles, coords, mask)
+    read = body.pooler_output if layers is None else torch.cat([body.layer_embeddings[i] for i in layers], dim=-1)
+    torch.testing.assert_close(output.logits, model.classifier(read))
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(tiles, coords, mask).logits, output.logits)
+        body = AutoModel.from_pretrained(tmp_path)  # the encoder of a model with a head, and a head for an encoder
+        assert torch.equal(body(tiles, coords).pooler_output, model.model(tiles, coords).pooler_output)
+        body.save_pretrained(tmp_path / "body")
+        again = LongNetSlideEncoderForImageClassification.from_pretrained(tmp_path / "body", num_labels=5)
+        assert again(tiles, coords).logits.shape == (2, 5)
+        assert torch.equal(again.model(tiles, coords).pooler_output, body(tiles, coords).pooler_output)
+
+
+@pytest.mark.parametrize("labels, columns", [([0.5, -1.0], 1), ([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]], 3)])
+def test_the_loss_follows_the_labels(labels, columns):
+    config = LongNetSlideEncoderConfig(**SMALL, num_labels=columns)
+    model, (tiles, coords) = LongNetSlideEncoderForImageClassification(config).eval(), slides(2, 20)
+    output = model(tiles, coords, labels=torch.tensor(labels))
+    loss = torch.nn.functional.mse_loss if columns == 1 else torch.nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(output.loss, loss(output.logits.squeeze(-1), torch.tensor(labels)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulated_steps_of_the_trainer_are_one_larger_batch(tmp_path):
+    """The loss is a mean, which the Trainer must divide by the steps that it accumulates."""
+    embeddings, coords = slides(4, 30)
+    data = [{"tile_embeds": e, "coords": c, "labels": torch.tensor(i % 2)} for i, (e, c) in
+            enumerate(zip(embeddings, coords))]  # fmt: skip
+    weights = []
+    for size, steps in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        config = LongNetSlideEncoderConfig(**SMALL, num_labels=2, hidden_dropout=0.0, drop_path_rate=0.0)
+        model = LongNetSlideEncoderForImageClassification(config)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            learning_rate=0.1, optim="sgd", max_grad_norm=0.0, use_cpu=True, remove_unused_columns=False,
+            report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model=model, args=arguments, train_dataset=data).train()
+        weights.append(model.classifier.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [(lambda t, c: (t, c.half()), "`coords`.*half precisions"), (lambda t, c: (t, c.bfloat16()), "`coords`"),
@@ -209,6 +326,8 @@ def test_bad_inputs_are_refused(spoil, message):
      ({"segment_lengths": [8, 16]}, "dilation_rates"),
      ({"segment_lengths": None, "max_wsi_size": 4096}, "`max_wsi_size`"),
      ({"pooler_norm_eps": 0.0}, "`pooler_norm_eps`"), ({"hidden_dropout": 1.0}, "`hidden_dropout`"),
+     ({"classifier_layers": [3]}, "`classifier_layers` must name layers from 0 to `num_hidden_layers=2`"),
+     ({"classifier_layers": []}, "`classifier_layers`"),
      ({"head_offsets": "other"}, "head_offsets"), ({"hidden_act": "nope"}, "`hidden_act`")],
 )  # fmt: skip
 def test_bad_configurations_are_refused(fields, message):
