@@ -17,10 +17,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
-from transformers.utils.type_validators import interval
 
 from .configuration_longnet import check_model_type
 from .dilation_schedule import DilationSchedule
+from .transformers_compat import interval
 
 
 AUTO_MAP = {
@@ -90,6 +90,8 @@ class LongViTConfig(PreTrainedConfig):
     scale_embedding = False
     attention_bias = True
     mlp_bias = True
+    mlp_chunk_size = None
+    local = "segment"
 
     image_size: int = 1024
     patch_size: int = 32

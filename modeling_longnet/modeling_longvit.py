@@ -24,10 +24,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_longvit import LongViTConfig
 from .modeling_longnet import LongNetAttention, LongNetDecoderLayer, LongNetPreTrainedModel
+from .transformers_compat import capture_outputs, refuse_unread
 
 
 class LongViTEmbeddings(nn.Module):
@@ -141,6 +141,7 @@ class LongViTModel(LongViTPreTrainedModel):
         >>> model(torch.randn(1, 3, 512, 768)).pooler_output.shape
         torch.Size([1, 384])
         ```"""
+        refuse_unread(type(self).__name__, kwargs)
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from modeling_longnet import LongNetSlideEncoderForImageClassification
+from modeling_longnet.transformers_compat import attention_of
 
 
 METHODS = ("gradient", "integrated", "rollout")
@@ -63,7 +64,7 @@ def rollout_scores(model: LongNetSlideEncoderForImageClassification, batch: dict
     count = batch["tile_embeds"].shape[1]
     if count > MAX_ROLLOUT_TILES:
         raise ValueError(f"`rollout` forms N x N weights and is offered up to {MAX_ROLLOUT_TILES} tiles, got {count}.")
-    implementation = model.config._attn_implementation
+    implementation = attention_of(model.config)
     model.set_attn_implementation("eager")
     try:
         attentions = model(batch["tile_embeds"], batch["coords"], output_attentions=True).attentions

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_curve
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from examples.reporting import new_figure, provenance, save_figure, write_json
@@ -223,7 +222,7 @@ def last_complete_checkpoint(output: Path) -> str | None:
     found = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
         try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
+            json.loads((path / "trainer_state.json").read_text())
             return str(path)
         except (OSError, ValueError):
             shutil.rmtree(path)
