@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from .dilated_attention import ELSEWHERE, dilated_attention
 from .dilated_cache_layer import DilatedLayer
-from .document_ids import check_position_ids
+from .document_ids import check_position_ids, reorder, restore_order
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -132,18 +132,16 @@ def is_compact_mask(mask: object) -> bool:
 
 
 def _padding_ids(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
-    """Document ids [B, N or more] from a 2-D mask: 1 = real, -1 = padding. One run of real tokens a row."""
+    """Document ids [B, N or more] from a 2-D mask: 1 = real, -1 = padding."""
     real = attention_mask.bool()
     real = torch.nn.functional.pad(real, (0, max(0, kv_length - real.shape[1])), value=False)
-    if not torch.compiler.is_compiling():
-        begins = real.clone()
-        begins[:, 1:] &= ~real[:, :-1]
-        if int(begins.sum(1).max()) > 1:
-            raise ValueError(
-                "`attention_mask` has padding between real tokens, which a patched model does not read: positions and "
-                "segments would be ambiguous. Pad on the left (`tokenizer.padding_side = 'left'`) when generating "
-                "or when continuing from a cache."
-            )
+    if torch.compiler.is_compiling():  # no value can be asked for, and none must come out wrong
+        begins = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
+        torch._assert_async(
+            begins.sum(1).max() <= 1,
+            "`attention_mask` has padding between real tokens, which a compiled patched model does not put aside: run "
+            "it without torch.compile, or pad all on one side.",
+        )
     return torch.where(real, 1, -1)
 
 
@@ -188,8 +186,7 @@ def dilated_mask(
     """The compact mask of this file's head, int32 [B, 1, 4, N]; a sliding-window or chunked layer gets its own mask.
 
     Raises:
-        ValueError: for padding between real tokens, for masks of another length, and for masks that are not causal or
-            that a model adds to.
+        ValueError: for masks of another length, and for masks that are not causal or that a model adds to.
     """
     if local_size is not None:
         original = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINALS[attention_of(config)]]
@@ -230,11 +227,16 @@ def dilated_mask(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where documents and queries lie: ids [B, N] or None for one document a row, query index or None for the end."""
+    """Where documents and queries lie: ids [B, N] or None for one document a row, query index or None for the end.
+
+    order: [B, N], the keys with all padding moved to the front, where there is some between a row's tokens: segments
+    count the tokens alone. (How rotary positions count them is the model's own affair, as without a patch.)
+    """
 
     document_ids: torch.Tensor | None
     query_offset: int | torch.Tensor | None
     is_packed: bool
+    order: torch.Tensor | None = None
 
 
 def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -252,6 +254,22 @@ def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tenso
     return begins.scatter(1, index, begins.gather(1, index) | jumps).scatter(1, first, True)
 
 
+def _padding_to_front(ids: torch.Tensor, new: slice) -> torch.Tensor | None:
+    """The `order` of a Layout, or None; ids [B, N], negative for padding; `new` are the queries among the keys."""
+    real = ids >= 0
+    begins = real.clone()
+    begins[:, 1:] &= ~real[:, :-1]
+    if int(begins.sum(1).max()) <= 1:
+        return None
+    queries = real[:, new]
+    if queries.shape[1] < ids.shape[1] and bool((queries[:, :-1] & ~queries[:, 1:]).any()):
+        raise ValueError(
+            "`attention_mask` has padding behind tokens that go on from a cache: their rows could not stand side by "
+            "side. Pad these tokens on the left."
+        )
+    return real.to(torch.uint8).argsort(dim=1, stable=True)
+
+
 def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
     """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
     ids, offset, given = mask[:, 0, 0].long(), mask[0, 0, 1, 0].long(), mask[0, 0, 2, 0] > 0
@@ -267,7 +285,9 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
         )
     at = None if int(offset) == length - query_length else int(offset)
     if bool(given):
-        return Layout(None if bool((ids >= 0).all()) else ids, at, False)
+        if bool((ids >= 0).all()):
+            return Layout(None, at, False)
+        return Layout(ids, at, False, _padding_to_front(ids, slice(int(offset), int(offset) + query_length)))
     begins = _restarts(position_ids, offset, ids)
     is_packed = bool(begins[:, 1:].any())
     return Layout(begins.cumsum(1) if is_packed else None, at, is_packed)
@@ -275,6 +295,8 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
 
 # An attribute of a compact mask, which lives as long as a forward: what `read_layout` found, and in what.
 LAYOUT_MARK = "_read_layout"
+# The same for the order of a chunk that a bounded cache reads.
+ORDER_MARK = "_chunk_order"
 
 
 def layout_of(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
@@ -384,7 +406,7 @@ def run_bounded(
             f"layer {module.layer_idx} reads the keys of layer {layer.layer_idx}, which a bounded cache cannot share: "
             "pass `cache=DynamicCache(config=model.config)`."
         )
-    ids = None
+    ids, order = None, _chunk_order(mask, query.shape[2])
     if layer.is_first:
         if mask is not None and not is_compact_mask(mask):
             raise ValueError(f"`attention_mask` must be a 2-D mask [B, N] in a patched model, got {tuple(mask.shape)}.")
@@ -399,12 +421,28 @@ def run_bounded(
             layer.clock.check_positions(kwargs.get("position_ids"), ids)
             _refuse_packing(kwargs.get("position_ids"), ids)
             _refuse_untold_packing(kwargs, False)
+            layer.clock.had_padding_behind |= order is not None
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
     first_head, total_heads = head_slice(module, query.shape[1])
-    return layer.attend(
+    if order is not None:
+        query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
+        ids = None if ids is None else ids.gather(1, order)
+    out = layer.attend(
         query, key, value, ids, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         backend=settings["backend"], head_index_offset=first_head, total_num_heads=total_heads,
     )  # fmt: skip
+    return out if order is None else restore_order(out, order, dim=2)
+
+
+def _chunk_order(mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
+    """Order [B, Q] that puts padding before the tokens of a chunk, where there is some behind them."""
+    if torch.compiler.is_compiling() or query_length == 1 or not is_compact_mask(mask):
+        return None
+    if not hasattr(mask, ORDER_MARK):
+        real = mask[:, 0, 0, -query_length:] >= 0
+        is_behind = bool((real[:, :-1] & ~real[:, 1:]).any())
+        setattr(mask, ORDER_MARK, real.to(torch.uint8).argsort(dim=1, stable=True) if is_behind else None)
+    return getattr(mask, ORDER_MARK)
 
 
 def _refuse_untold_packing(arguments: dict, is_packed: bool) -> None:
@@ -443,7 +481,12 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
     layout = layout_of(mask, kwargs.get("position_ids"), query_length)
     _refuse_untold_packing(kwargs, layout.is_packed)
     first_head, total_heads = head_slice(module, query.shape[1])
-    return dilated_attention(
+    ids, query_offset, order = layout.document_ids, layout.query_offset, layout.order
+    if order is not None:
+        key, value = (reorder(x, order, dim=2) for x in (key, value))
+        query = reorder(query, order, dim=2) if query_length == length else query
+        ids, query_offset = ids.gather(1, order), None
+    out = dilated_attention(
         query,
         key,
         value,
@@ -457,11 +500,12 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
         dropout=dropout,
         head_index_offset=first_head,
         total_num_heads=total_heads,
-        document_ids=layout.document_ids,
-        query_offset=layout.query_offset,
+        document_ids=ids,
+        query_offset=query_offset,
         backend=settings["backend"],
         elsewhere=getattr(kwargs.get(ELSEWHERE), "attend", None),
     )
+    return out if order is None or query_length < length else restore_order(out, order, dim=2)
 
 
 def make_attention_function(original: str) -> Callable:

@@ -92,8 +92,10 @@ def locate_patched(shard: Shard, is_rotary: bool) -> Place:
             )
         position_ids = torch.arange(length).expand(batch, -1)
     compact = dilated_mask(batch, length, length, attention_mask=mask)
-    ids = read_layout(compact, position_ids, length).document_ids
-    return _place(shard, ids, position_ids, position_ids)
+    layout = read_layout(compact, position_ids, length)
+    if layout.order is not None:
+        raise ValueError("`attention_mask` has padding between the tokens of a row, which ranks cannot put aside.")
+    return _place(shard, layout.document_ids, position_ids, position_ids)
 
 
 def _place(shard, ids, position_ids, document_positions) -> Place:
