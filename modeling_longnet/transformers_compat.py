@@ -177,9 +177,10 @@ def check_cache_reaches_model(
         elif type(cache) is DynamicCache:
             return
     if cache is not None and inputs.get(CACHE) is not cache:
+        advice = "use_cache=False" if type(cache) is DynamicCache else "cache_implementation='dynamic'"
         raise ValueError(
             f"`generate` prepared a {type(cache).__name__}, but {owner} sets it aside for this step: it would go on "
-            "with another one, or without the text read so far. Pass `cache_implementation='dynamic'`."
+            f"with another one, or without the text read so far. Pass `{advice}`."
         )
     if new < whole and (cache is None or not _was_read(cache, whole - new)):
         got = "none" if cache is None else f"a {type(cache).__name__} without them"
