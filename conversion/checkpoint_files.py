@@ -126,6 +126,8 @@ def check_tensors(
     Raises:
         ValueError: naming the file and the keys.
     """
+    if dtype is not None and dtype not in list(DTYPES):
+        raise ValueError(f"`dtype` must be None or one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     optional = optional or {}
     if missing := [key for key in shapes if key not in tensors]:
         raise ValueError(f"{path}: missing {_some(missing)}.")

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .model_card import TAGS
-from .transformers_compat import UPLOAD
+from .transformers_compat import UPLOAD, text_config_of
 
 
 SETTINGS_NAME = "dilated_attention.json"
@@ -72,7 +72,8 @@ def resize_for_adapter(
 
 
 def _settings_of(model) -> dict | None:
-    return getattr(getattr(model.get_base_model(), "config", None), "dilated_attention", None)
+    config = getattr(model.get_base_model(), "config", None)
+    return getattr(text_config_of(config), "dilated_attention", None)
 
 
 def _tell_in_card(path: Path, is_patched: bool) -> None:

@@ -256,9 +256,10 @@ class LongNetConfig(PreTrainedConfig):
                 f"got {self.dilation_rates}."
             )
         if unread := schedule.unread_offsets(self.num_attention_heads):
+            named = ", ".join(f"{missing.start} to {missing.stop - 1} of rate {rate}" for rate, missing in unread.items())
             logger.warning_once(
                 f"With {self.num_attention_heads} heads and `head_offsets={self.head_offsets!r}` these offsets of "
-                f"`dilation_rates` have no head, so those tokens are never read at that rate: {unread}."
+                f"`dilation_rates` have no head, so those tokens are never read at that rate: {named}."
             )
         self._check_positions()
 

@@ -182,6 +182,22 @@ def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale
     return out, lse
 
 
+def _check_types(query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads):
+    for name, x, may_miss in (("query", query, False), ("key", key, False), ("value", value, False),
+                              ("document_ids", document_ids, True)):  # fmt: skip
+        if not isinstance(x, torch.Tensor) and not (x is None and may_miss):
+            raise ValueError(f"`{name}` must be a tensor, got {x!r}.")
+    for name, x in (("query_offset", query_offset), ("head_index_offset", head_index_offset),
+                    ("total_num_heads", total_num_heads)):  # fmt: skip
+        if isinstance(x, torch.Tensor) and name == "query_offset" and x.numel() == 1 and not x.is_floating_point():
+            continue
+        if not isinstance(x, (int, torch.SymInt)) and (x is not None or name == "head_index_offset"):
+            raise ValueError(f"`{name}` must be an integer, got {x!r}.")
+    for name, x in (("scale", scale), ("dropout", dropout)):
+        if not isinstance(x, (int, float, torch.SymFloat)) and (x is not None or name == "dropout"):
+            raise ValueError(f"`{name}` must be a number, got {x!r}.")
+
+
 def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads):
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -280,6 +296,9 @@ def dilated_attention(
         tuple(segment_lengths) if isinstance(segment_lengths, list) else segment_lengths,
         tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
         is_causal, head_offsets, overlap, num_sink_tokens, padding, local,
+    )  # fmt: skip
+    _check_types(
+        query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
     )  # fmt: skip
     query, key, value = as_autocast(query, key, value)
     if query_offset is None:

@@ -21,6 +21,7 @@ from .transformers_compat import (
     changes_frequencies,
     exporter_is_loaded,
     length_dependent_rope,
+    text_config_of,
 )
 
 
@@ -82,6 +83,7 @@ class DilatedCache(DynamicCache):
             given, max_length = max_length, as_integer(max_length)
             if max_length is None or max_length < 1:
                 raise ValueError(f"`max_length` must be an integer of at least 1, got {given!r}.")
+        config = text_config_of(config)
         self.schedule = DilationSchedule.from_config(config)
         if not self.schedule.is_causal:
             raise ValueError("`config` must be that of a causal model, got is_causal=False.")
@@ -309,10 +311,13 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
         or generation_config.output_attentions
     ):
         return False
-    dilated = dilated_layer_indices(model.config)
-    if not dilated or _keeps_states(DynamicCache(config=model.config).layers, dilated):
+    if not dilated_layer_indices(text_config_of(model.config)):
         return False
-    _refuse_changing_frequencies(model.config, generation_config, model_kwargs, max_cache_length)
+    patch = getattr(model, "dilated_attention_report", None)
+    if patch is not None and patch.unbounded:
+        logger.warning_once(f"`generate` takes {type(model).__name__}'s own cache, which grows: {patch.unbounded}")
+        return False
+    _refuse_changing_frequencies(text_config_of(model.config), generation_config, model_kwargs, max_cache_length)
     # In steps, so that texts of nearly the same length get slots of the same shape.
     steps = max(1, -(-max_cache_length // _ROOM_STEP))
     model_kwargs[CACHE] = DilatedCache(model.config, max_length=steps * _ROOM_STEP)

@@ -8,6 +8,8 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
+from .transformers_compat import text_config_of
+
 
 HEAD_OFFSETS = ("modulo", "contiguous")
 OVERLAPS = ("count", "once")
@@ -117,6 +119,8 @@ class DilationSchedule:
         for w, r in self.patterns:
             if r > w:
                 raise ValueError(f"`dilation_rates` must not exceed their segment length, got rate {r} for length {w}.")
+        if not isinstance(self.is_causal, bool):
+            raise ValueError(f"`is_causal` must be True or False, got {self.is_causal!r}.")
         _check_choice("head_offsets", self.head_offsets, HEAD_OFFSETS)
         _check_choice("overlap", self.overlap, OVERLAPS)
         _check_choice("padding", self.padding, PADDINGS)
@@ -145,6 +149,7 @@ class DilationSchedule:
         Raises:
             ValueError: a configuration without a schedule.
         """
+        config = text_config_of(config)
         settings = getattr(config, "dilated_attention", None)
         if settings is None:
             settings = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
@@ -178,14 +183,13 @@ class DilationSchedule:
         """s of query head `head` out of `num_heads` in a pattern of rate `rate`."""
         return head % rate if self.head_offsets == "modulo" else head // -(-num_heads // rate)
 
-    def unread_offsets(self, num_heads: int) -> dict[int, list[int]]:
-        """Per rate, the offsets that no head has: the positions that pattern never reads."""
-        unread = {}
-        for rate in self.dilation_rates:
-            missing = sorted(set(range(rate)) - {self.offset(rate, head, num_heads) for head in range(num_heads)})
-            if missing:
-                unread[rate] = missing
-        return unread
+    def unread_offsets(self, num_heads: int) -> dict[int, range]:
+        """Per rate, the offsets that no head has: the positions that pattern never reads. They are its last ones."""
+        heads = dict.fromkeys(self.dilation_rates, num_heads)
+        if self.head_offsets == "modulo":
+            heads = {rate: min(num_heads, rate) for rate in heads}
+        first = {rate: self.offset(rate, count - 1, num_heads) + 1 for rate, count in heads.items()}
+        return {rate: range(start, rate) for rate, start in first.items() if start < rate}
 
     @property
     def selects_every_query(self) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .model_card import make_model_card
 from .patching import _unwrap, is_patched
-from .transformers_compat import auto_class_of, code_files, has_own_adapter
+from .transformers_compat import auto_class_of, code_files, has_own_adapter, text_config_of
 
 
 MODELING_FILE = "modeling_dilated"
@@ -82,6 +82,11 @@ def export_patched_model(
         raise ValueError("`model` has an adapter: merge it first (`model = model.merge_and_unload()`).")
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched: call `patch_model` first.")
+    if text_config_of(base.config) is not base.config:
+        raise ValueError(
+            f"`model` must be a language model by itself, got {type(base).__name__}, a composite one: save it by "
+            "`save_pretrained` (or `push_to_hub`) and load it by `load_patched_model`."
+        )
     # What was loaded from an export carries its code along by itself.
     is_export = MODELING_FILE in type(base).__module__
     auto_class = None if is_export else _auto_class_of(base)

@@ -7,12 +7,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .dilation_schedule import DilationSchedule
-from .transformers_compat import brings_its_code, upload
+from .transformers_compat import COMPOSITE_CLASSES, auto_class_of, brings_its_code, text_config_of, upload
 
 
 TAGS = ("longnet", "dilated-attention")
 # What Transformers writes where a repository has no card yet.
 AUTOMATIC_CARD = "This model card has been automatically generated."
+PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 TEXT = """
@@ -114,6 +115,8 @@ def _describe(schedule: DilationSchedule) -> tuple[str, str]:
 
 
 def _auto_class(model: PreTrainedModel) -> str:
+    if text_config_of(model.config) is not model.config:
+        return auto_class_of(model, COMPOSITE_CLASSES) or "AutoModel"
     for ending in ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification",
                    "ForQuestionAnswering", "ForImageClassification"):  # fmt: skip
         if type(model).__name__.endswith(ending):
@@ -153,8 +156,9 @@ def make_model_card(
     Raises:
         ValueError: a model without a schedule.
     """
-    schedule = DilationSchedule.from_config(model.config)
-    patched = getattr(model.config, "dilated_attention", None) is not None
+    config = text_config_of(model.config)
+    schedule = DilationSchedule.from_config(config)
+    patched = getattr(config, "dilated_attention", None) is not None
     auto_class, name = _auto_class(model), repo_id.rpartition("/")[2]
     trust = "" if patched and not loads_patched else ", trust_remote_code=True"
     example = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{repo_id}"{trust})'
@@ -168,15 +172,14 @@ def make_model_card(
         tags=list(TAGS),
         license=license,
         base_model=base_model or (origin if origin and not Path(origin).exists() else None),
-        pipeline_tag="text-generation" if auto_class == "AutoModelForCausalLM" else None,
+        pipeline_tag=PIPELINES.get(auto_class),
         model_name=name if evaluation else None,
         eval_results=list(evaluation) or None,
     )
     table, options = _describe(schedule)
     extent = "dilated attention"
     if patched:
-        layers = len(model.config.dilated_attention["layers"])
-        extent += f" in {layers} of its {model.config.num_hidden_layers} layers"
+        extent += f" in {len(config.dilated_attention['layers'])} of its {config.num_hidden_layers} layers"
     intro = f"A {model.config.model_type} model with {extent}: the cost grows in proportion to the text's length."
     length, cells = schedule.segment_lengths[-1], min(32, schedule.segment_lengths[-1])
     text = TEXT.format(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .dilation_schedule import DilationSchedule
 from .patched_attention import AttentionCall
@@ -25,6 +25,7 @@ class PatchReport:
             alone grow, the patched ones hold a fixed number of rows.
         unread_offsets: per dilation rate, the offsets that no head has: positions which those patterns never read.
         rope_scaling: the scaled rope parameters given, if any.
+        unbounded: why `generate` takes the model's own cache, which grows with the text, instead of the bounded one.
     """
 
     family: str
@@ -38,8 +39,9 @@ class PatchReport:
     dense_keys_per_query: float
     kv_bytes_per_token: int
     bounded_kv_bytes_per_token: float
-    unread_offsets: dict[int, list[int]]
+    unread_offsets: dict[int, range]
     rope_scaling: dict | None
+    unbounded: str | None = None
 
     def __str__(self) -> str:
         s = self.schedule
@@ -55,8 +57,10 @@ class PatchReport:
             f"  KV bytes/token  {self.kv_bytes_per_token} -> {self.kv_bytes_per_token} with a plain cache, "
             f"{self.bounded_kv_bytes_per_token:.0f} with a bounded one over {self.reach}",
         ]
+        if self.unbounded:
+            lines.append(f"  cache           `generate` takes the model's own, which grows: {self.unbounded}")
         if self.unread_offsets:
-            unread = ", ".join(f"{len(missing)} of {rate}" for rate, missing in self.unread_offsets.items())
+            unread = ", ".join(f"{missing.stop - missing.start} of {rate}" for rate, missing in self.unread_offsets.items())
             lines.append(f"  unread          {unread} offsets: there are more than heads to read them")
         return "\n".join(lines)
 
@@ -81,13 +85,15 @@ def bounded_rows(schedule: DilationSchedule, num_heads: int, num_key_value_heads
 
 def make_report(
     model: PreTrainedModel,
+    config: PreTrainedConfig,
     schedule: DilationSchedule,
     calls: list[AttentionCall],
     layers: list[int],
     reasons: dict[int, str | None],
     rope_scaling: dict | None,
+    unbounded: str | None,
 ) -> PatchReport:
-    """The report of a patch, from the calls that its probe saw."""
+    """The report of a patch, from the calls that its probe saw; `config` is that of the part with the layers."""
     reach = schedule.segment_lengths[-1]
     per_token, at_reach = 0, 0.0
     for call in calls:
@@ -102,12 +108,13 @@ def make_report(
         layers=tuple(layers),
         left_alone={i: reason or "not chosen by `layers`" for i, reason in reasons.items() if i not in layers},
         schedule=schedule,
-        native_context=getattr(model.config, "max_position_embeddings", None),
+        native_context=getattr(config, "max_position_embeddings", None),
         reach=reach,
         keys_per_query=keys_per_query(schedule),
         dense_keys_per_query=(reach + 1) / 2,
         kv_bytes_per_token=per_token,
         bounded_kv_bytes_per_token=at_reach / reach,
-        unread_offsets=schedule.unread_offsets(model.config.num_attention_heads),
+        unread_offsets=schedule.unread_offsets(config.num_attention_heads),
         rope_scaling=rope_scaling,
+        unbounded=unbounded,
     )

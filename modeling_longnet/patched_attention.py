@@ -76,31 +76,40 @@ MASK_HINTS = ("dtype", "allow_is_causal_skip", "allow_is_bidirectional_skip")
 
 @dataclass
 class AttentionCall:
-    """One call of the attention function during a probe: the module that called, and why it cannot be dilated."""
+    """One call of the attention function during a probe: the module that called, and why it cannot be dilated.
+
+    cache_layer: the layer of a bounded cache that its keys come from, if any.
+    """
 
     module: torch.nn.Module
     reason: str | None
     num_heads: int
     key_shape: tuple[int, ...]
     itemsize: int
+    cache_layer: int | None
 
 
 @dataclass
 class Probe:
-    """Records the attention calls of a forward pass instead of computing them."""
+    """Records the attention calls of a forward pass instead of computing them, and which embeddings it reads."""
 
     calls: list[AttentionCall] = field(default_factory=list)
+    tables: set[torch.nn.Module] = field(default_factory=set)
 
 
 @contextlib.contextmanager
 def probing(model: torch.nn.Module) -> Iterator[Probe]:
     """While open, the attention functions of this file record which modules of this model call, and return zeros."""
     probe, modules = Probe(), list(model.modules())
+    tables = [module for module in modules if isinstance(module, torch.nn.Embedding)]
+    hooks = [module.register_forward_hook(lambda module, *_: probe.tables.add(module)) for module in tables]
     for module in modules:
         setattr(module, PROBE_MARK, probe)
     try:
         yield probe
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in modules:
             delattr(module, PROBE_MARK)
 
@@ -450,6 +459,9 @@ def _refuse_untold_packing(arguments: dict, is_packed: bool) -> None:
     lengths, index = arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")
     if is_packed or torch.compiler.is_compiling():
         return
+    for name, told in (("cu_seq_lens_q", lengths), ("seq_idx", index)):
+        if told is not None and not isinstance(told, torch.Tensor):
+            raise ValueError(f"`{name}` must be a tensor, got {told!r}.")
     if (lengths is not None and lengths.numel() > 2) or (index is not None and bool((index != index[:, :1]).any())):
         raise ValueError(
             "`cu_seq_lens_q` or `seq_idx` tells of several documents: a patched model wants `position_ids` that "
@@ -524,7 +536,13 @@ def make_attention_function(original: str) -> Callable:
         probe = getattr(module, PROBE_MARK, None)
         if probe is not None:
             reason = unsupported_reason(module, query, key, value, kwargs)
-            probe.calls.append(AttentionCall(module, reason, query.shape[1], tuple(key.shape), key.itemsize))
+            if reason is None and attention_mask is not None and not is_compact_mask(attention_mask):
+                reason = "it is given a mask of pairs that the model makes by itself"
+            if reason is None and getattr(kwargs.get("position_ids"), "ndim", 2) != 2:
+                reason = "its `position_ids` have several axes, which do not tell where a document begins"
+            cache_layer = getattr(getattr(key, "dilated_layer", None), "layer_idx", None)
+            shape = tuple(key.shape)
+            probe.calls.append(AttentionCall(module, reason, query.shape[1], shape, key.itemsize, cache_layer))
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
         settings = _patched_settings(module)
         if module.layer_idx not in settings["layers"]:

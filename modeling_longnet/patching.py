@@ -13,10 +13,9 @@ Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, 
 import functools
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
@@ -24,10 +23,11 @@ from transformers.utils import logging
 from .adapter_files import SETTINGS_NAME, record_in_adapters, resize_for_adapter, write_settings
 from .attention_kernels import BACKENDS
 from .dilated_cache import prepare_dilated_cache
-from .dilation_schedule import DilationSchedule, as_integer, as_plain
+from .dilation_schedule import DilationSchedule, as_plain
 from .model_card import TAGS, upload_with_card
+from .patch_probe import choose_layers, find_layers, probe_attention, text_part, why_unbounded
 from .patch_report import PatchReport, make_report
-from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK, AttentionCall, probing
+from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK
 from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
 from .transformers_compat import (
     GENERATION_ATTRIBUTES,
@@ -37,8 +37,10 @@ from .transformers_compat import (
     find_file,
     forbid_flash_attention,
     has_own_adapter,
+    head_of_composite,
     passes_through_interface,
     set_instance_generation,
+    text_config_of,
 )
 
 
@@ -51,16 +53,14 @@ SETTINGS = (
 # Arguments that say where files are.
 HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 INSTANCE_ATTRIBUTES = (
-    "_undo_dilated_attention", "save_pretrained", "set_attn_implementation", "dilated_attention_report",
-    SUPPORTS_FLASH_ATTENTION, UPLOAD, *GENERATION_ATTRIBUTES,
+    "_undo_dilated_attention", "_patched_within", "save_pretrained", "set_attn_implementation",
+    "dilated_attention_report", SUPPORTS_FLASH_ATTENTION, UPLOAD, *GENERATION_ATTRIBUTES,
 )  # fmt: skip
 DEQUANTIZE_ADVICE = (
     "Transformers cannot write this quantized model. Save a plain copy of it first (for GGUF: "
     "`python conversion/dequantize_gguf.py`), load that and patch it; an adapter (PEFT) can be saved from the "
     "quantized model as it is."
 )
-# Layers of these types keep the attention they have.
-OTHER_LAYER_TYPES = ("sliding_attention", "chunked_attention", "linear_attention", "mamba", "conv", "recurrent")
 
 
 def _unwrap(model: nn.Module) -> PreTrainedModel:
@@ -76,22 +76,22 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether the model runs dilated attention by a patch."""
-    return attention_of(_unwrap(model).config).startswith("dilated")
+    """Whether the model, or the text part of a composite one, runs dilated attention by a patch."""
+    return attention_of(text_config_of(_unwrap(model).config)).startswith("dilated")
 
 
-def _refuse_model(model: PreTrainedModel) -> None:
-    """Raise a ValueError for a model that cannot be patched as a whole."""
-    name, config = type(model).__name__, model.config
+def _refuse_model(model: PreTrainedModel, part: PreTrainedModel) -> None:
+    """Raise a ValueError for a model, or the text part of one, that cannot be patched as a whole."""
+    name, config = type(model).__name__, part.config
     if is_patched(model):
         raise ValueError(f"{name} is patched already: call `unpatch_model(model)` before patching it anew.")
     if hasattr(config, "segment_lengths"):
         raise ValueError(f"{name} has dilated attention of its own; its configuration sets the schedule.")
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; only decoders can be patched.")
-    if config.get_text_config() is not config:
-        raise ValueError(f"{name} has several parts; patch its language model, for instance `model.language_model`.")
-    if not passes_through_interface(model):
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(f"{name} ({config.model_type}) does not tell its layers: patch its language model by itself.")
+    if not passes_through_interface(part):
         raise ValueError(
             f"{name} ({config.model_type}) does not run its attention through Transformers' AttentionInterface, so it "
             "cannot be patched; it was left as it is."
@@ -103,81 +103,6 @@ def _refuse_model(model: PreTrainedModel) -> None:
         )
 
 
-def _probe(model: PreTrainedModel) -> list[AttentionCall]:
-    """Which modules call the registered attention in a forward of two tokens; the model's state is left as it was."""
-    embedding = model.get_input_embeddings().weight
-    # The weights of an offloaded model lie on "meta" between forwards; its hooks bring the input where it is needed.
-    offloaded = embedding.device.type == "meta" and hasattr(model, "hf_device_map")
-    input_ids = torch.zeros(1, 2, dtype=torch.long, device="cpu" if offloaded else embedding.device)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), probing(model) as probe:
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return probe.calls
-
-
-def _find_layers(model: PreTrainedModel, calls: list[AttentionCall]) -> dict[int, str | None]:
-    """Per layer index, why it must be left alone, or None."""
-    config = model.config
-    reasons = dict.fromkeys(range(config.num_hidden_layers), "its attention does not pass through the interface")
-    seen = set()
-    for call in calls:
-        index = getattr(call.module, "layer_idx", None)
-        if index not in reasons:
-            raise ValueError(
-                f"`layer_idx` of {type(call.module).__name__} must be below {len(reasons)}, got {index!r}."
-            )
-        reason = call.reason
-        if call.module.config is not config:
-            reason = "its configuration is not the model's"
-        if index in seen:
-            reason = "its attention runs several times a forward"
-        reasons[index] = reason
-        seen.add(index)
-    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind in OTHER_LAYER_TYPES and index in seen:
-            reasons[index] = f"its type is {kind}"
-    return reasons
-
-
-def _choose_layers(
-    model: PreTrainedModel, reasons: dict[int, str | None], layers: Sequence[int] | Callable[[int], bool] | None
-) -> list[int]:
-    """The layers to patch, sorted; a ValueError where nothing is left or something asked for cannot be done."""
-    able = [index for index, reason in reasons.items() if reason is None]
-    if not able:
-        raise ValueError(
-            f"{type(model).__name__} ({model.config.model_type}) has no layer that can be dilated: "
-            + "; ".join(sorted(set(reasons.values())))
-            + ". It was left as it is."
-        )
-    if layers is None:
-        left = [f"layer {index}: {reason}" for index, reason in reasons.items() if reason]
-        if left:
-            logger.warning(f"left alone in {type(model).__name__}: {'; '.join(left)}")
-        return able
-    count = len(reasons)
-    if callable(layers):
-        chosen = [index for index in reasons if layers(index)]
-    else:
-        is_list = isinstance(layers, Iterable) and not isinstance(layers, (str, Mapping))
-        given = list(layers) if is_list else []
-        wrong = [i for i in given if (index := as_integer(i)) is None or not -count <= index < count]
-        if wrong or not is_list:
-            raise ValueError(f"`layers` must be layer indices of 0..{count - 1}, got {wrong or layers!r}.")
-        chosen = sorted({as_integer(index) % count for index in given})
-    if not chosen:
-        raise ValueError(f"`layers` chooses none of the {count} layers.")
-    refused = {index: reasons[index] for index in chosen if reasons[index]}
-    if refused:
-        raise ValueError("`layers` asks for " + "; ".join(f"layer {i}, but {r}" for i, r in refused.items()) + ".")
-    return chosen
-
-
 def _mark_scaled(modules: list[nn.Module]) -> list[Callable[[], None]]:
     """Tell attention modules that their rotary embeddings are scaled. Returns the steps that undo this."""
     for module in modules:
@@ -186,7 +111,7 @@ def _mark_scaled(modules: list[nn.Module]) -> list[Callable[[], None]]:
 
 
 def _set_instance_attributes(model: PreTrainedModel) -> None:
-    """What a patched model does otherwise than its class; `unpatch_model` takes it away, by INSTANCE_ATTRIBUTES."""
+    """What a patched model, or the text part of one, does otherwise than its class: INSTANCE_ATTRIBUTES."""
     forbid_flash_attention(model)
     # Partials, not methods: a method is pickled as its name, which would be looked up in the class.
     model.save_pretrained = functools.partial(_save_pretrained, model)
@@ -214,8 +139,13 @@ def patch_model(
     With the defaults (`overlap="once"`, r_0 = 1) the model is unchanged on inputs of up to w_0 tokens. What was done
     is described by `model.dilated_attention_report`; the settings stand in `model.config.dilated_attention`.
 
+    Of a composite model (LLaVA, Qwen2-VL), the part that writes text is patched, and the settings stand in that part's
+    configuration (`model.config.text_config`); the encoders of pictures and sounds stay as they are. What such a model
+    is told beside the tokens has to leave its mask causal: one whose pictures see themselves whole (PaliGemma) is
+    refused in the forward.
+
     Args:
-        model: a decoder of Transformers, or a PEFT model around one.
+        model: a decoder of Transformers, alone or as a part of a composite model, or a PEFT model around one.
         segment_lengths: w_i in tokens, not decreasing. `dilation_rates`: r_i, as many.
         head_offsets, overlap, num_sink_tokens, local: as in `DilationSchedule`. The defaults are those from which a
             pretrained model suffers least at equal cost, as measured in docs/zero_shot_patch_study.md.
@@ -238,19 +168,20 @@ def patch_model(
         raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
     rope_scaling = as_plain("rope_scaling", rope_scaling)
     base = _unwrap(model)
-    _refuse_model(base)
-    original = attention_of(base.config)
-    settings_before = getattr(base.config, "dilated_attention", None)  # of a model that was saved patched
-    undo = base._undo_dilated_attention = []
+    part = text_part(base)
+    _refuse_model(base, part)
+    original = attention_of(part.config)
+    settings_before = getattr(part.config, "dilated_attention", None)  # of a model that was saved patched
+    undo = part._undo_dilated_attention = []
     try:
-        base.set_attn_implementation(IMPLEMENTATIONS[original])
-        calls = _probe(base)
-        reasons = _find_layers(base, calls)
-        chosen = _choose_layers(base, reasons, layers)
-        undo += guard_learned_positions(base, schedule)
-        undo += scale_rotary_embeddings(base, schedule, rope_scaling)
-        undo += _mark_scaled([call.module for call in calls] if rope_scaling else [])
-        base.config.dilated_attention = {
+        part.set_attn_implementation(IMPLEMENTATIONS[original])
+        probe = probe_attention(base)
+        reasons = find_layers(base, part, probe.calls)
+        chosen = choose_layers(base, reasons, layers)
+        undo += guard_learned_positions(part, schedule, probe.tables)
+        undo += scale_rotary_embeddings(part, schedule, rope_scaling)
+        undo += _mark_scaled([call.module for call in probe.calls] if rope_scaling else [])
+        part.config.dilated_attention = {
             "segment_lengths": list(schedule.segment_lengths),
             "dilation_rates": list(schedule.dilation_rates),
             "head_offsets": head_offsets,
@@ -261,29 +192,38 @@ def patch_model(
             "backend": backend,
             "rope_scaling": rope_scaling,
         }
-        _set_instance_attributes(base)
+        unbounded = why_unbounded(base)
+        done = make_report(base, part.config, schedule, probe.calls, chosen, reasons, rope_scaling, unbounded)
+        for piece in dict.fromkeys((base, part)):
+            _set_instance_attributes(piece)
+            piece.dilated_attention_report = done
+        if part is not base:
+            part._patched_within = type(base).__name__
         base.add_model_tags(list(TAGS))
         record_in_adapters()
-        base.dilated_attention_report = make_report(base, schedule, calls, chosen, reasons, rope_scaling)
     except BaseException:
         _take_back(base, original)
         if settings_before is not None:
-            base.config.dilated_attention = settings_before
+            part.config.dilated_attention = settings_before
         raise
-    logger.info(str(base.dilated_attention_report))
+    logger.info(str(done))
     return model
 
 
 def _take_back(model: PreTrainedModel, original: str) -> None:
     """Undoes a patch, or as much of one as was done, over the attention `original`."""
-    for step in getattr(model, "_undo_dilated_attention", ()):
+    part = text_part(model)
+    for step in getattr(part, "_undo_dilated_attention", ()):
         step()
-    for name in INSTANCE_ATTRIBUTES:
-        model.__dict__.pop(name, None)
-    model.model_tags = [tag for tag in model.model_tags or () if tag not in TAGS] or None
-    if hasattr(model.config, "dilated_attention"):
-        del model.config.dilated_attention
-    model.set_attn_implementation(original)
+    for piece in (model, part):
+        for name in INSTANCE_ATTRIBUTES:
+            piece.__dict__.pop(name, None)
+        tags = piece.__dict__.pop("model_tags", None) or ()
+        if others := [tag for tag in tags if tag not in TAGS]:
+            piece.model_tags = others
+    if hasattr(part.config, "dilated_attention"):
+        del part.config.dilated_attention
+    part.set_attn_implementation(original)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -295,7 +235,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     base = _unwrap(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched.")
-    original = ORIGINALS.get(attention_of(base.config))
+    whole = getattr(base, "_patched_within", None)
+    if whole is not None:
+        raise ValueError(f"{type(base).__name__} was patched as a part of {whole}: call `unpatch_model` on that.")
+    original = ORIGINALS.get(attention_of(text_config_of(base.config)))
     if original is None:
         raise ValueError(
             f"{type(base).__name__} was patched by code that came with it from the Hub: load it without "
@@ -307,7 +250,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 def report(model: nn.Module) -> PatchReport:
     """What the patch of a model did."""
-    return _unwrap(model).dilated_attention_report
+    return text_part(_unwrap(model)).dilated_attention_report
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
@@ -320,7 +263,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
         raise ValueError("`save_pretrained(push_to_hub=True)` would lose the patch of an adapter: use `push_to_hub`.")
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if adapter:
-        write_settings(save_directory, self.config.dilated_attention)
+        write_settings(save_directory, text_config_of(self.config).dilated_attention)
     elif kwargs.get("is_main_process", True):
         _name_as_dilated(Path(save_directory) / "config.json")
     return result
@@ -363,7 +306,7 @@ def unpatched_attention_of(config) -> str | None:
 
 def patch_as_configured(model: PreTrainedModel) -> PreTrainedModel:
     """Patch a model by the settings in its own configuration: what exported models do when they are made."""
-    settings = getattr(model.config, "dilated_attention", None)
+    settings = getattr(text_config_of(model.config), "dilated_attention", None)
     if settings is None:
         raise ValueError("`config` has no `dilated_attention`: this code is for exported patched models only.")
     return patch_model(model, **settings)
@@ -389,7 +332,7 @@ def load_patched_model(
         path_or_repo: a folder or Hub repository.
         base_model: for an adapter, the base model's folder or repository, where it is not the one the adapter names. It
             gets the vocabulary of the adapter, where tokens were added, as its weights or the tokenizer beside it tell.
-        auto_class: the Auto class to load with.
+        auto_class: the Auto class to load with. The default takes the whole of a composite model (LLaVA) too.
         is_trainable: for an adapter, whether to go on training it.
         **kwargs: for `from_pretrained` (dtype, device_map, revision, subfolder, token, ...); of an adapter, `revision`
             and `subfolder` are its own, not its base model's.
@@ -401,8 +344,9 @@ def load_patched_model(
     find = functools.partial(find_file, str(path_or_repo), **hub)
     adapter_config = find("adapter_config.json")
     if adapter_config is None:
+        auto_class = head_of_composite(path_or_repo, auto_class, **kwargs)
         model = auto_class.from_pretrained(path_or_repo, **kwargs)
-        settings = getattr(model.config, "dilated_attention", None)
+        settings = getattr(text_config_of(model.config), "dilated_attention", None)
         if settings is None:
             raise ValueError(f"{path_or_repo} was not saved from a patched model: load it and call `patch_model`.")
         return patch_model(model, **_check_settings(settings, str(path_or_repo)))
@@ -417,6 +361,7 @@ def load_patched_model(
     base_model = base_model or told.get("base_model_name_or_path")
     if not base_model:
         raise ValueError(f"the adapter {path_or_repo} does not name its base model: pass `base_model=`.")
+    auto_class = head_of_composite(base_model, auto_class, **kwargs)
     model = auto_class.from_pretrained(base_model, **kwargs)
     resize_for_adapter(model, str(path_or_repo), find, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
     patch_model(model, **settings)

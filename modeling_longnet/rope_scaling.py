@@ -3,7 +3,7 @@
 import copy
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -32,19 +32,25 @@ def _refuse_beyond_table(module: nn.Embedding, args: tuple) -> None:
 def learned_tables(model: PreTrainedModel) -> list[tuple[nn.Embedding, int]]:
     """The learned position tables of a model, and how many positions each has."""
     return [
-        (module, min(module.num_embeddings, model.config.max_position_embeddings))  # OPT's table has two more
+        # OPT's table has two more rows than it has positions.
+        (module, min(module.num_embeddings, getattr(model.config, "max_position_embeddings", module.num_embeddings)))
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED_TABLES
     ]
 
 
-def guard_learned_positions(model: PreTrainedModel, schedule: DilationSchedule) -> list[Callable[[], None]]:
+def guard_learned_positions(
+    model: PreTrainedModel, schedule: DilationSchedule, read: Collection[nn.Module]
+) -> list[Callable[[], None]]:
     """Refuse to read beyond a learned position table (GPT-2). Returns the steps that undo this.
+
+    Args:
+        read: the embeddings that a forward reads; another table is that of an encoder of pictures, say.
 
     Raises:
         ValueError: for a schedule with segments that such a table can never fill.
     """
-    tables = learned_tables(model)
+    tables = [(module, rows) for module, rows in learned_tables(model) if module in read]
     for _, rows in tables:
         if schedule.segment_lengths[-1] > rows:
             raise ValueError(

@@ -31,7 +31,13 @@ from .dilation_schedule import DilationSchedule
 from .document_ids import without_gradient_of_padding
 from .sequence_exchange import Exchange, Heads, plan_exchange, sharded_attention
 from .sequence_shards import SHARD, Place, Shard, ShardingCollator, locate_longnet, locate_patched
-from .transformers_compat import CACHE_NAMES, attention_of, causal_lm_class_names, length_dependent_rope
+from .transformers_compat import (
+    CACHE_NAMES,
+    attention_of,
+    causal_lm_class_names,
+    length_dependent_rope,
+    text_config_of,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -110,6 +116,8 @@ def _model_problem(model: nn.Module, outer: nn.Module) -> str | None:
     config, name = model.config, type(model).__name__
     rope = length_dependent_rope(config)  # its longest position differs from rank to rank
     settings = getattr(config, "dilated_attention", None)
+    if text_config_of(config) is not config:
+        return "it is a composite model, whose pictures or sounds do not lie in one slice: only text models are sharded"
     if not _is_longnet(config) and settings is None:
         return "its attention is not dilated: call `patch_model` first"
     if not _is_longnet(config) and len(settings["layers"]) < config.num_hidden_layers:

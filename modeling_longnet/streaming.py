@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .dilated_cache import DilatedCache
 from .dilated_cache_file import load_cache, save_cache
 from .dilation_schedule import as_integer
-from .transformers_compat import changes_frequencies, length_dependent_rope, named_cache
+from .transformers_compat import changes_frequencies, length_dependent_rope, named_cache, text_config_of
 
 
 FIRST_BUCKET = 1024  # tokens; each bucket of positions after it is as long as all before it
@@ -74,9 +74,12 @@ class TextStream:
         given, chunk_size = chunk_size, as_integer(chunk_size)
         if chunk_size is None or chunk_size < 1:
             raise ValueError(f"`chunk_size` must be an integer of at least 1, got {given!r}.")
-        if len(tokens) < 2:
-            raise ValueError(f"`tokens` must be at least two, got {len(tokens)}.")
-        rope = length_dependent_rope(model.config)
+        if not hasattr(tokens, "__len__") or not hasattr(tokens, "__getitem__") or isinstance(tokens, (str, dict)):
+            raise ValueError(f"`tokens` must be a tensor, an array or a list of integers, got {tokens!r}.")
+        shape = getattr(tokens, "shape", None)
+        if (shape is not None and len(shape) != 1) or len(tokens) < 2:
+            raise ValueError(f"`tokens` must be at least two, in one row, got {tuple(shape or (len(tokens),))}.")
+        rope = length_dependent_rope(text_config_of(model.config))
         if changes_frequencies(rope, min(chunk_size, len(tokens)), len(tokens)):
             raise ValueError(
                 f"`model` has rope_type {rope[0]!r}, whose frequencies change with the length of a text beyond "
@@ -105,7 +108,13 @@ class TextStream:
         return logits
 
     def _read(self, start: int, stop: int) -> torch.Tensor:
-        chunk = torch.as_tensor(self.tokens[start : min(stop, len(self.tokens))])
+        part = self.tokens[start : min(stop, len(self.tokens))]
+        try:
+            chunk = torch.as_tensor(part)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`tokens` must be integers, got {part!r} from place {start} on.") from error
+        if chunk.is_floating_point() and chunk.numel() or chunk.is_complex() or chunk.dtype == torch.bool:
+            raise ValueError(f"`tokens` must be integers, got {chunk.dtype} from place {start} on.")
         return chunk.to(device=self.model.device, dtype=torch.long)
 
     def step(self) -> None:
@@ -157,6 +166,8 @@ class TextStream:
 
         With a `state_path` the state is saved there every `save_every` chunks and at the end.
         """
+        if as_integer(save_every) is None or save_every < 1:
+            raise ValueError(f"`save_every` must be an integer of at least 1, got {save_every!r}.")
         stop = len(self.tokens) if stop is None else min(stop, len(self.tokens))
         bar = tqdm(total=stop, initial=self.position, unit="tok", unit_scale=True, disable=not progress)
         done = 0

@@ -277,6 +277,43 @@ def exporter_is_loaded() -> bool:
     return "transformers.exporters.exporter_dynamo" in sys.modules
 
 
+def text_config_of(config):
+    """The part of a composite model's configuration that describes its decoder of text, or the configuration itself."""
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "get_text_config"):
+        return config
+    return config.get_text_config(decoder=True)
+
+
+COMPOSITE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+def composite_families() -> dict[str, str]:
+    """Model type to the name of the Auto class that makes it, of models that read pictures or sounds beside text."""
+    found = {}
+    for name in reversed(COMPOSITE_CLASSES):
+        found |= dict.fromkeys(getattr(transformers, name)._model_mapping._model_mapping, name)
+    return found
+
+
+def head_of_composite(path_or_repo, auto_class: type, **kwargs) -> type:
+    """In place of AutoModelForCausalLM, the Auto class that makes the whole of a composite model (LLaVA) saved there.
+
+    What says so is the class that was saved; text parts, which the same configuration can make, are left alone.
+    """
+    if auto_class is not transformers.AutoModelForCausalLM:
+        return auto_class
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(
+        path_or_repo, **{name: kwargs[name] for name in names if name in kwargs}
+    )
+    saved = {name.removeprefix("Dilated") for name in getattr(config, "architectures", None) or ()}
+    for name in COMPOSITE_CLASSES if text_config_of(config) is not config else ():
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping and mapping[type(config)].__name__ in saved:
+            return getattr(transformers, name)
+    return auto_class
+
+
 def closed_interface(functions: dict[str, Callable]) -> AttentionInterface:
     """Attention functions by name, without those that the library or others have registered."""
     return type("ClosedAttentionInterface", (AttentionInterface,), {"_global_mapping": functions})()
@@ -389,6 +426,7 @@ __all__ = [
     "ALL_MASK_ATTENTION_FUNCTIONS",
     "CACHE",
     "CACHE_NAMES",
+    "COMPOSITE_CLASSES",
     "CheckedGenerationMixin",
     "GENERATION_ATTRIBUTES",
     "LinearAttentionCacheLayerMixin",
@@ -410,6 +448,7 @@ __all__ = [
     "changes_frequencies",
     "check_cache_reaches_model",
     "closed_interface",
+    "composite_families",
     "code_files",
     "dynamic_rope_update",
     "exporter_is_loaded",
@@ -418,6 +457,7 @@ __all__ = [
     "forbid_flash_attention",
     "has_own_adapter",
     "has_own_loss",
+    "head_of_composite",
     "interval",
     "is_tracing",
     "length_dependent_rope",
@@ -429,5 +469,6 @@ __all__ = [
     "release",
     "set_instance_generation",
     "shifts_labels",
+    "text_config_of",
     "upload",
 ]

@@ -98,7 +98,21 @@ def test_the_xpos_error_names_a_base_that_works():
 
 def test_unread_offsets_are_named(log):
     tiny_config(segment_lengths=[8, 16, 64], dilation_rates=[1, 2, 8])
-    assert "{8: [4, 5, 6, 7]}" in log.text
+    assert "4 to 7 of rate 8" in log.text
+
+
+def test_unread_offsets_are_those_that_no_head_has():
+    for head_offsets in ("modulo", "contiguous"):
+        for heads, rate in ((1, 1), (3, 7), (6, 4), (4, 8), (16, 3), (5, 5)):
+            schedule = DilationSchedule((64, 64), (1, rate), head_offsets=head_offsets)
+            missing = set(range(rate)) - {schedule.offset(rate, head, heads) for head in range(heads)}
+            assert set(schedule.unread_offsets(heads).get(rate, ())) == missing
+
+
+def test_sizes_that_nobody_has_are_no_wait():
+    """A configuration of the Hub that names 10**20 heads and offsets is read, or refused, at once."""
+    tiny_config(num_attention_heads=10**20, head_dim=8, segment_lengths=[8, 10**20], dilation_rates=[1, 10**19],
+                position_embedding_type="rope")  # fmt: skip
 
 
 def test_settings_without_effect_are_named(log):

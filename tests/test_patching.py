@@ -158,7 +158,7 @@ def test_report_names_what_was_done(model):
 
 def test_report_tells_what_no_head_reads(model):
     done = report(patch_model(model, [8, 32], [1, 5]))
-    assert done.unread_offsets == {5: [4]} and "1 of 5 offsets" in str(done)
+    assert done.unread_offsets == {5: range(4, 5)} and "1 of 5 offsets" in str(done)
 
 
 def test_tokens_see_what_the_schedule_says(model):
