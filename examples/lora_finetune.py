@@ -74,6 +74,10 @@ class Options:
         default=None, metadata={"help": "JSON, for contexts beyond the model's window: "
                                 '{"rope_type": "yarn", "factor": 4.0}'}
     )  # fmt: skip
+    memory: str | None = field(
+        default=None, metadata={"help": "JSON, lets queries choose blocks of earlier tokens: {} for the defaults, or "
+                                '{"block_size": 8, "top_k": 32}'}
+    )  # fmt: skip
     dtype: str = field(
         default="auto", metadata={"help": "of the weights; auto: bfloat16 on a GPU that has it", "choices": DTYPES}
     )
@@ -162,11 +166,15 @@ def patch_settings(options: Options, config: PreTrainedConfig) -> dict:
         if wrong:
             raise ValueError(f"--dense-layers must be layers of 0..{len(layers) - 1}, got {wrong}.")
         settings["layers"] = sorted(set(layers) - set(options.dense_layers))
-    if options.rope_scaling:
-        try:
-            settings["rope_scaling"] = json.loads(options.rope_scaling)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--rope-scaling must be JSON, got {options.rope_scaling!r}: {error}.") from None
+    for name, option in (("rope_scaling", "--rope-scaling"), ("memory", "--memory")):
+        given = getattr(options, name)
+        if given:
+            try:
+                settings[name] = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{option} must be JSON, got {given!r}: {error}.") from None
+    if (settings.get("memory") or {}).get("dimensions"):
+        raise ValueError("--memory: `dimensions` are calibrated on a model that stays as it is, not in training.")
     return settings
 
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ._version import __version__
+from .calibrating import calibrate_memory
 from .configuration_longnet import LongNetConfig
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .configuration_longvit import LongViTConfig
@@ -80,6 +81,7 @@ __all__ = [
     "LongViTForImageClassification",
     "LongViTModel",
     "__version__",
+    "calibrate_memory",
     "dilated_attention",
     "dilated_attention_reference",
     "export_patched_model",

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, PreTrainedModel
 
+from .memory_files import write_bases
 from .model_card import TAGS
 from .transformers_compat import UPLOAD, text_config_of
 
@@ -112,6 +113,7 @@ def record_in_adapters() -> None:
                 (folder / SETTINGS_NAME).unlink(missing_ok=True)  # of a patched adapter that was saved there before
             elif (folder / "adapter_config.json").is_file():
                 write_settings(folder, settings)
+                write_bases(folder, self.get_base_model())
         if kwargs.get("is_main_process", True):
             _tell_in_card(Path(save_directory) / "README.md", settings is not None)
         return result

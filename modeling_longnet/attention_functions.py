@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs, logging
 
 from .dilated_attention import ELSEWHERE, dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
+from .dilation_schedule import DilationSchedule
 from .document_ids import holds_pairs
 from .transformers_compat import closed_interface
 
@@ -43,6 +44,8 @@ def operator_arguments(
 ) -> dict:
     """The operator's arguments besides the tensors; `attention_mask` are the document ids [B, N] of the keys."""
     config = module.config
+    schedule = DilationSchedule.from_config(config)
+    memory = None if schedule.memory is None else schedule.of_layer(module.layer_idx).memory
     return {
         "segment_lengths": config.segment_lengths,
         "dilation_rates": config.dilation_rates,
@@ -52,11 +55,20 @@ def operator_arguments(
         "num_sink_tokens": config.num_sink_tokens,
         "padding": config.padding,
         "local": config.local,
+        **({} if memory is None else {"memory": memory}),
         "scale": scaling,
         "dropout": dropout,
         "document_ids": attention_mask,
         "query_offset": query_offset,
     }
+
+
+def _eager_with_memory(query, key, value, arguments: dict) -> tuple[torch.Tensor, None]:
+    """The definition of attention with a memory, which gives no weights."""
+    if holds_pairs(arguments["document_ids"]):
+        raise ValueError("`attention_mask` of pairs tells no document, of whose blocks a `memory` could choose.")
+    output = dilated_attention(query, key, value, **arguments, backend="eager")
+    return output.transpose(1, 2).contiguous(), None
 
 
 def eager_attention_forward(
@@ -71,6 +83,8 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: query [B, H, Q, D], key and value [B, G, N, D] to output [B, Q, H, D], weights [B, H, Q, N]."""
     arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
+    if "memory" in arguments:
+        return _eager_with_memory(query, key, value, arguments)
     if holds_pairs(attention_mask):
         if module.config.padding == "zeros":
             raise ValueError("`attention_mask` of pairs tells no document's length, which `padding='zeros'` needs.")

@@ -87,6 +87,11 @@ class LongNetConfig(PreTrainedConfig):
     padding (`str`, *optional*, defaults to `"mask"`):
         `"zeros"` lets the zero keys with which torchscale fills incomplete segments take part in the softmax, as its
         published bidirectional checkpoints were trained.
+    local (`str`, *optional*, defaults to `"segment"`):
+        `"sliding"` replaces the first pattern by a causal sliding window of half its length, see [`DilationSchedule`].
+    memory (`dict`, *optional*):
+        Lets each query choose blocks of earlier tokens to see beside its schedule: settings of [`MemorySpec`], `{}` for
+        the defaults. It wants `local="sliding"` and `overlap="once"`.
     is_causal (`bool`, *optional*, defaults to `True`):
         Whether keys after the query are hidden (decoder) or not (encoder).
     position_embedding_type (`str`, *optional*, defaults to `"xpos"`):
@@ -159,6 +164,7 @@ class LongNetConfig(PreTrainedConfig):
     num_sink_tokens: int = 0
     local: str = "segment"
     padding: str = "mask"
+    memory: dict | None = None
     is_causal: bool = True
     position_embedding_type: str = "xpos"
     position_embedding_offset: int = 0
@@ -250,18 +256,34 @@ class LongNetConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
         schedule = self.dilation_schedule  # raises for what is no schedule
+        self._check_memory(schedule)
         if self.is_causal and self.dilation_rates[0] != 1:
             raise ValueError(
                 "`dilation_rates` of a causal model must begin with 1, or some tokens would not see even themselves, "
                 f"got {self.dilation_rates}."
             )
         if unread := schedule.unread_offsets(self.num_attention_heads):
-            named = ", ".join(f"{missing.start} to {missing.stop - 1} of rate {rate}" for rate, missing in unread.items())
+            named = ", ".join(f"{lacks.start} to {lacks.stop - 1} of rate {rate}" for rate, lacks in unread.items())
             logger.warning_once(
                 f"With {self.num_attention_heads} heads and `head_offsets={self.head_offsets!r}` these offsets of "
                 f"`dilation_rates` have no head, so those tokens are never read at that rate: {named}."
             )
         self._check_positions()
+
+    def _check_memory(self, schedule: DilationSchedule):
+        memory = schedule.memory
+        if memory is None:
+            return
+        if memory.max_distance is not None or memory.dimensions is not None:
+            raise ValueError(
+                "`memory` of a LongNet takes no `max_distance` and no `dimensions`, which are for models that were "
+                f"trained without a memory and patched, got {self.memory}."
+            )
+        if memory.layers is not None and memory.layers[-1] >= self.num_hidden_layers:
+            raise ValueError(
+                f"`memory`: `layers` must be below num_hidden_layers={self.num_hidden_layers}, got "
+                f"{list(memory.layers)}."
+            )
 
     def _check_positions(self):
         kind = self.position_embedding_type

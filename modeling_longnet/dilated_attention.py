@@ -15,6 +15,9 @@ from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel
 from .dilated_attention_reference import dilated_attention_reference, document_positions
 from .dilation_plan import plan_blocks
 from .dilation_schedule import DilationSchedule
+from .memory_attention import attend_documents
+from .memory_search import MemoryBasis
+from .memory_spec import MemorySpec
 
 
 # The argument of models by which attention functions get an object whose `attend` they hand on as `elsewhere`.
@@ -250,6 +253,9 @@ def dilated_attention(
     num_sink_tokens: int = 0,
     padding: str = "mask",
     local: str = "segment",
+    memory: MemorySpec | dict | None = None,
+    inv_freq: torch.Tensor | None = None,
+    basis: MemoryBasis | None = None,
     dropout: float = 0.0,
     head_index_offset: int = 0,
     total_num_heads: int | None = None,
@@ -267,8 +273,11 @@ def dilated_attention(
     Args:
         query: [B, H, Q, D], float32, float64, bfloat16 or float16.
         key, value: [B, G, N, D] with H a multiple of G and Q <= N; query head j reads key/value head j // (H // G).
-        segment_lengths, dilation_rates, is_causal, head_offsets, overlap, num_sink_tokens, padding, local: see
-            [`DilationSchedule`].
+        segment_lengths, dilation_rates, is_causal, head_offsets, overlap, num_sink_tokens, padding, local, memory:
+            see [`DilationSchedule`].
+        inv_freq: [R / 2], the rotary frequencies by which the first R <= D channels of query and key were turned, for a
+            `memory` with `max_distance`.
+        basis: the few dimensions that a `memory` with `dimensions` ranks in.
         scale: factor of the logits, D ** -0.5 by default.
         dropout: probability with which attention weights are dropped (backend "eager" only).
         head_index_offset: index of the first head among all heads of the layer, when this call holds a slice of them
@@ -295,7 +304,7 @@ def dilated_attention(
     schedule = DilationSchedule(
         tuple(segment_lengths) if isinstance(segment_lengths, list) else segment_lengths,
         tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
-        is_causal, head_offsets, overlap, num_sink_tokens, padding, local,
+        is_causal, head_offsets, overlap, num_sink_tokens, padding, local, memory,
     )  # fmt: skip
     _check_types(
         query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
@@ -308,6 +317,15 @@ def dilated_attention(
     if backend != "eager":
         refuse_tangents(backend, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if memory is not None:
+        if elsewhere is not None:
+            raise ValueError("`memory` does not read keys that lie on other ranks: no sequence parallelism yet.")
+        out, lse = attend_documents(
+            query, key, value, schedule, find_runs(document_ids, *key.shape[:3:2]), int(query_offset), scale=scale,
+            backend=backend, head_index_offset=head_index_offset, total_num_heads=total_num_heads, inv_freq=inv_freq,
+            basis=basis, dropout=dropout,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     if elsewhere is not None:
         settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
         return elsewhere(query, key, value, schedule, head_index_offset, total_num_heads, **settings)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
+from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
 from .document_ids import Documents, find_documents, restore_order
 from .transformers_compat import (
@@ -63,7 +64,8 @@ class DilatedCache(DynamicCache):
 
     bytes, at position 1,000 as at position 1,000,000,000. Decoding is one masked attention over the slots, with static
     shapes, so it compiles; a chunk of several tokens runs on unmasked fused kernels. Rows of a batch may be padded on
-    the left: each stands at its own position.
+    the left: each stands at its own position. A layer with a memory is the exception: it keeps every token, since any
+    may be asked for, and its memory grows with the text.
 
     Args:
         config: of a LongNet or a patched model. Layers that a patch has left alone keep the cache that they had.
@@ -95,11 +97,14 @@ class DilatedCache(DynamicCache):
                 "which a bounded cache does not. Use DynamicCache(config=model.config)."
             )
         self.clock = Clock(length_dependent_rope(config))
+        self.clock.schedule = self.schedule
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
         layers += [None] * (depth - len(layers))
         for index in dilated:
-            layers[index] = DilatedLayer(self.schedule, self.clock, max_length, heads_per_key, index)
+            schedule = self.schedule.of_layer(index)
+            kind = DilatedLayer if schedule.memory is None else MemoryLayer
+            layers[index] = kind(schedule, self.clock, max_length, heads_per_key, index)
         Cache.__init__(self, layers=layers)
         self.dilated_layers = self.clock.layers = [layers[index] for index in dilated]
         self.dilated_layers[0].is_first = self.dilated_layers[-1].is_last = True
@@ -265,9 +270,12 @@ class DilatedCache(DynamicCache):
         return -1
 
     def memory_footprint(self) -> int:
-        """Bytes of keys and values in all slots: see the formula above. 0 before the first forward."""
+        """Bytes of keys and values in all slots: see the formula above. 0 before the first forward.
+
+        Layers with a memory keep all tokens, and room for up to half as many more, with the index of their blocks.
+        """
         layers = [layer for layer in self.dilated_layers if layer.is_initialized]
-        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
+        return sum(x.numel() * x.element_size() for layer in layers for x in layer.stored().values())
 
 
 def _refuse_changing_frequencies(config, generation_config, model_kwargs: dict, length: int) -> None:

@@ -14,6 +14,7 @@ from .dilation_schedule import DilationSchedule
 
 
 FORMAT = "longnet-dilated-cache-1"
+STORED = ("keys", "values", "index", "far_index")  # what a layer may hold, by name
 SAMPLES = 64  # values of each weight that enter the fingerprint; training changes nearly all of them
 
 
@@ -26,6 +27,10 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _first_head(layer) -> int:
+    return layer.head_index_offset if layer.layout is None else layer.layout.head_index_offset
 
 
 def _schedule_text(config) -> str:
@@ -44,12 +49,12 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
         raise ValueError("`cache` must have seen a token before it can be saved.")
     if clock.step is not None or clock.waiting:
         raise ValueError("`cache` is in the middle of a forward, or waits for a `crop`: it cannot be saved now.")
-    if len(layers) < len(cache.layers) or any(layer.layout.head_index_offset for layer in layers):
+    if len(layers) < len(cache.layers) or any(_first_head(layer) for layer in layers):
         raise ValueError("`cache` has layers that are not bounded, or only some of the heads: it cannot be saved.")
     tensors = {"positions": clock.positions, "seen": clock.seen}
     tensors |= {f"extra.{name}": value for name, value in extra.items()}
     for index, layer in enumerate(layers):
-        tensors |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
+        tensors |= {f"{name}.{index}": value for name, value in layer.stored().items()}
     metadata = {
         "format": FORMAT,
         "schedule": _schedule_text(model.config),
@@ -87,15 +92,15 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[DilatedCache, 
         raise ValueError(f"{path} was written with another model, or with other weights of this one.")
     cache = DilatedCache(model.config, max_length=json.loads(metadata["max_length"]))
     for index, layer in enumerate(cache.dilated_layers):
-        keys, values = (tensors.pop(f"{name}.{index}", None) for name in ("keys", "values"))
-        if keys is None or values is None:
+        stored = {name: tensors.pop(f"{name}.{index}") for name in STORED if f"{name}.{index}" in tensors}
+        if not {"keys", "values"} <= set(stored):
             raise ValueError(f"{path} holds nothing for layer {index}.")
-        layer.lazy_initialization(keys[:, :, :0].to(model.device), values[:, :, :0].to(model.device))
-        if layer.keys.shape != keys.shape or layer.values.shape != values.shape:
-            wanted = tuple(layer.keys.shape)
-            raise ValueError(f"{path}: layer {index} must have slots {wanted}, got {tuple(keys.shape)}.")
-        layer.keys.copy_(keys)
-        layer.values.copy_(values)
+        stored = {name: value.to(model.device) for name, value in stored.items()}
+        layer.lazy_initialization(stored["keys"][:, :, :0], stored["values"][:, :, :0])
+        try:
+            layer.restore(stored)
+        except ValueError as error:
+            raise ValueError(f"{path}: layer {index} {error}.") from error
     cache.clock.positions.copy_(tensors["positions"])
     cache.clock.seen.copy_(tensors["seen"])
     extra = {name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")}

@@ -29,7 +29,8 @@ class Step:
     query_length: Q. first: position of each row's first new token that is no padding [B]. new_pads: padding columns
     before it, in this forward [B]. pads: the same in all that waits for a `crop` and this forward [B]. is_padded:
     whether there may be any in this forward. places: first position in the new columns and `pads`, per row, once a
-    layer has asked. decoding, sources: what layers have computed, with the layout and device that it is for.
+    layer has asked. news: first position and padding of the new columns alone, likewise. decoding, sources: what layers
+    have computed, with the layout and device that it is for.
     """
 
     query_length: int
@@ -38,6 +39,7 @@ class Step:
     pads: torch.Tensor
     is_padded: bool
     places: tuple[list[int], list[int]] | None = None
+    news: tuple[list[int], list[int]] | None = None
     decoding: list[tuple] = field(default_factory=list)
     sources: list[tuple] = field(default_factory=list)
 
@@ -66,6 +68,7 @@ class Clock:
     def __init__(self, rope: tuple[str, int] | None = None):
         self.layers: list[DilatedLayer] = []
         self.rope = rope
+        self.schedule: DilationSchedule | None = None
         self.positions = self.seen = self.pads = None
         self.waiting = 0
         self.had_padding_behind = False
@@ -122,7 +125,7 @@ class Clock:
 
     def check_model(self, config) -> None:
         """Refuses a model of another schedule, or with other dilated layers, than this cache was made for."""
-        made_for = self.layers[0].schedule, [layer.layer_idx for layer in self.layers]
+        made_for = self.schedule, [layer.layer_idx for layer in self.layers]
         given = DilationSchedule.from_config(config), dilated_layer_indices(config)
         if made_for != given:
             raise ValueError(
@@ -391,6 +394,21 @@ class DilatedLayer(CacheLayerMixin):
         self.recorded = None
         if columns:
             self._write(key, value, self._sources(self.clock.positions, self.clock.pads, columns))
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """What is kept of the text, by name."""
+        return {"keys": self.keys, "values": self.values}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes what `stored` gave for another layer of this kind and size, of which `keys` and `values` exist.
+
+        Raises:
+            ValueError: of other shapes.
+        """
+        for name, slots in self.stored().items():
+            if tensors[name].shape != slots.shape:
+                raise ValueError(f"must have slots {tuple(slots.shape)}, got {tuple(tensors[name].shape)}")
+            slots.copy_(tensors[name])
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:

@@ -6,8 +6,9 @@ D head dimension, w segment length, r dilation rate, s offset of a head, i patte
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+from .memory_spec import MemorySpec
 from .transformers_compat import text_config_of
 
 
@@ -92,6 +93,8 @@ class DilationSchedule:
         local: `"sliding"` replaces the first pattern by a causal sliding window of w_0 // 2 tokens (the query
             included), which costs as much as the segments of w_0. The first segment alone stays as it is, so that a
             text of up to w_0 tokens is read densely in either case.
+        memory: blocks of earlier tokens that each query chooses to see too, a [`MemorySpec`] or its dictionary; None
+            for none.
 
     Raises:
         ValueError: for a value that is not one of the above, or a combination that has no meaning.
@@ -107,6 +110,7 @@ class DilationSchedule:
     num_sink_tokens: int = 0
     padding: str = "mask"
     local: str = "segment"
+    memory: MemorySpec | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "segment_lengths", _check_integers("segment_lengths", self.segment_lengths))
@@ -141,6 +145,26 @@ class DilationSchedule:
             raise ValueError(
                 f"`local='sliding'` wants a first dilation rate of 1, got {self.dilation_rates[0]} in `dilation_rates`."
             )
+        if self.memory is not None:
+            object.__setattr__(self, "memory", MemorySpec.from_dict(self.memory))
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        if self.local != "sliding" or self.overlap != "once":
+            raise ValueError(
+                "`memory` wants a sliding window and keys that count once, local='sliding' and overlap='once', got "
+                f"local={self.local!r}, overlap={self.overlap!r}."
+            )
+        if self.window < self.memory.block_size:
+            raise ValueError(
+                f"`memory` wants a window of at least a block, got segment_lengths[0] // 2 = {self.window} and "
+                f"block_size={self.memory.block_size}."
+            )
+        reach = self.memory.max_distance
+        if reach is not None and reach < self.segment_lengths[0]:
+            raise ValueError(
+                f"`memory`: `max_distance` must be at least segment_lengths[0], {self.segment_lengths[0]}, got {reach}."
+            )
 
     @classmethod
     def from_config(cls, config) -> "DilationSchedule":
@@ -167,7 +191,16 @@ class DilationSchedule:
 
     def as_arguments(self) -> dict:
         """The keyword arguments of `dilated_attention` that say the same."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        arguments = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.memory is None:
+            del arguments["memory"]
+        else:
+            arguments["memory"] = self.memory.to_dict()
+        return arguments
+
+    def of_layer(self, layer_idx: int) -> "DilationSchedule":
+        """The schedule of a layer: this one, or without its memory where the layer has none."""
+        return self if self.memory is None or self.memory.reads_in(layer_idx) else replace(self, memory=None)
 
     @property
     def dense_start(self) -> int:
@@ -178,6 +211,10 @@ class DilationSchedule:
     def window(self) -> int:
         """Tokens of the sliding window, the query included; 0 when the first pattern is an ordinary one."""
         return max(1, self.segment_lengths[0] // 2) if self.local == "sliding" else 0
+
+    def local_start(self, position):
+        """The first key of the window as a memory extends it, of a position (an integer or an integer tensor)."""
+        return self.memory.local_start(position, self.window, self.dense_start)
 
     def offset(self, rate: int, head: int, num_heads: int) -> int:
         """s of query head `head` out of `num_heads` in a pattern of rate `rate`."""

@@ -87,6 +87,11 @@ def export_patched_model(
             f"`model` must be a language model by itself, got {type(base).__name__}, a composite one: save it by "
             "`save_pretrained` (or `push_to_hub`) and load it by `load_patched_model`."
         )
+    if (base.config.dilated_attention.get("memory") or {}).get("dimensions"):
+        raise ValueError(
+            "`model` has a memory with calibrated dimensions, which an export does not carry yet: use "
+            "`save_pretrained` and `load_patched_model`, or patch without `dimensions`."
+        )
     # What was loaded from an export carries its code along by itself.
     is_export = MODELING_FILE in type(base).__module__
     auto_class = None if is_export else _auto_class_of(base)

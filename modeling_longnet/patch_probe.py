@@ -46,7 +46,8 @@ def probe_attention(model: PreTrainedModel, **kwargs) -> Probe:
     embedding = model.get_input_embeddings().weight
     # The weights of an offloaded model lie on "meta" between forwards; its hooks bring the input where it is needed.
     offloaded = embedding.device.type == "meta" and hasattr(model, "hf_device_map")
-    input_ids = torch.zeros(1, 2, dtype=torch.long, device="cpu" if offloaded else embedding.device)
+    token = int(getattr(text_config_of(model.config), "pad_token_id", None) == 0)  # a padding row may be 0
+    input_ids = torch.full((1, 2), token, device="cpu" if offloaded else embedding.device)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

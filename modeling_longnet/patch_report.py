@@ -18,11 +18,12 @@ class PatchReport:
         schedule: of the patched layers.
         native_context: tokens that the model was trained to read, if it says so.
         reach: the longest segment; further back a query sees the sink tokens only.
-        keys_per_query: mean number of keys that a query of a patched layer attends to, in a text of `reach` tokens; a
-            key that several patterns offer is counted for each. `dense_keys_per_query`: of dense attention there.
+        keys_per_query: mean number of keys that the schedule shows a query of a patched layer, in a text of `reach`
+            tokens; a key that several patterns offer is counted for each, chosen blocks are not.
+        dense_keys_per_query: of dense attention there.
         kv_bytes_per_token: what a plain cache stores for a token, in all layers; a patch does not change that.
         bounded_kv_bytes_per_token: what a bounded cache stores, in a text of `reach` tokens, per token: the layers left
-            alone grow, the patched ones hold a fixed number of rows.
+            alone grow, the patched ones hold a fixed number of rows, or all with a memory.
         unread_offsets: per dilation rate, the offsets that no head has: positions which those patterns never read.
         rope_scaling: the scaled rope parameters given, if any.
         unbounded: why `generate` takes the model's own cache, which grows with the text, instead of the bounded one.
@@ -59,8 +60,14 @@ class PatchReport:
         ]
         if self.unbounded:
             lines.append(f"  cache           `generate` takes the model's own, which grows: {self.unbounded}")
+        if s.memory is not None:
+            where = "all" if s.memory.layers is None else len(s.memory.layers)
+            lines.append(
+                f"  memory          {s.memory.top_k} blocks of {s.memory.block_size} tokens a query, chosen among all "
+                f"earlier ones, in {where} patched layers"
+            )
         if self.unread_offsets:
-            unread = ", ".join(f"{missing.stop - missing.start} of {rate}" for rate, missing in self.unread_offsets.items())
+            unread = ", ".join(f"{lacks.stop - lacks.start} of {rate}" for rate, lacks in self.unread_offsets.items())
             lines.append(f"  unread          {unread} offsets: there are more than heads to read them")
         return "\n".join(lines)
 
@@ -100,7 +107,8 @@ def make_report(
         _, groups, _, width = call.key_shape
         row = 2 * width * call.itemsize  # a key and a value
         per_token += groups * row
-        rows = bounded_rows(schedule, call.num_heads, groups) if call.module.layer_idx in layers else reach
+        bounded = call.module.layer_idx in layers and schedule.of_layer(call.module.layer_idx).memory is None
+        rows = bounded_rows(schedule, call.num_heads, groups) if bounded else reach
         at_reach += groups * row * min(rows, reach)
     return PatchReport(
         family=model.config.model_type,

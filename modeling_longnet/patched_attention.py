@@ -26,8 +26,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from .dilated_attention import ELSEWHERE, dilated_attention
+from .dilated_attention_reference import document_positions
 from .dilated_cache_layer import DilatedLayer
 from .document_ids import check_position_ids, reorder, restore_order
+from .memory_positions import anchor
+from .memory_spec import MemorySpec
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -57,6 +60,10 @@ ORIGINALS = {name: original for original, name in IMPLEMENTATIONS.items()}
 SCALED_MARK = "_reads_scaled_positions"
 # An attribute of all modules of a model that is being probed.
 PROBE_MARK = "_attention_probe"
+# The same of one whose queries and keys are read.
+READER_MARK = "_attention_reader"
+# An attribute of attention modules that have a memory: what they know for it, see memory_patch.py.
+LAYER_MEMORY = "_layer_memory"
 
 # Arguments that some model passes to its attention and that change the result.
 UNSUPPORTED_ARGUMENTS = {
@@ -78,7 +85,7 @@ MASK_HINTS = ("dtype", "allow_is_causal_skip", "allow_is_bidirectional_skip")
 class AttentionCall:
     """One call of the attention function during a probe: the module that called, and why it cannot be dilated.
 
-    cache_layer: the layer of a bounded cache that its keys come from, if any.
+    cache_layer: the layer of a bounded cache that its keys come from, if any. key: [G, N, D] of the first row.
     """
 
     module: torch.nn.Module
@@ -87,6 +94,7 @@ class AttentionCall:
     key_shape: tuple[int, ...]
     itemsize: int
     cache_layer: int | None
+    key: torch.Tensor
 
 
 @dataclass
@@ -112,6 +120,19 @@ def probing(model: torch.nn.Module) -> Iterator[Probe]:
             hook.remove()
         for module in modules:
             delattr(module, PROBE_MARK)
+
+
+@contextlib.contextmanager
+def reading(model: torch.nn.Module, function: Callable) -> Iterator[None]:
+    """While open, this model's layers run the attention that they had, and tell `function` (module, query, key)."""
+    modules = list(model.modules())
+    for module in modules:
+        setattr(module, READER_MARK, function)
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, READER_MARK)
 
 
 def unsupported_reason(
@@ -393,13 +414,50 @@ def _refuse_unsupported(module, query, key, value, arguments: dict) -> None:
 
 
 def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
-    native = getattr(config, "max_position_embeddings", None)
-    if native and length > native and not settings["rope_scaling"]:
+    native, memory = getattr(config, "max_position_embeddings", None), settings.get("memory") or {}
+    clamps = memory.get("max_distance") is not None and memory["layers"] is None
+    if native and length > native and not settings["rope_scaling"] and not clamps:
         # Without the length: `warning_once` keeps each message that it has given, and gives every other one.
         logger.warning_once(
             f"more tokens are asked of a model than its native context of {native}, without position scaling: expect "
             "poor predictions beyond it. Patch with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
         )
+
+
+def _layer_memory(module: torch.nn.Module):
+    memory = getattr(module, LAYER_MEMORY, None)
+    if memory is None:
+        raise ValueError(
+            "this model's settings have a `memory`, but its layers do not know of it, as `patch_model` did not make "
+            "it: use `load_patched_model(path)`, or give TRL its `ref_model=copy.deepcopy(model)`."
+        )
+    return memory
+
+
+def memory_arguments(module: torch.nn.Module, settings: dict) -> dict:
+    """The operator's arguments of a layer with a memory; none for another."""
+    if settings.get("memory") is None:
+        return {}
+    memory = MemorySpec.from_dict(settings["memory"])
+    if not memory.reads_in(module.layer_idx):
+        return {}
+    layer = _layer_memory(module)
+    return {"memory": memory, "inv_freq": layer.inv_freq, "basis": layer.basis}
+
+
+def _angle_offset(layout: Layout, position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """What each row's `position_ids` count more than its document's tokens, [B]: the padding before them, if any."""
+    if position_ids is None:
+        return None
+    position_ids, queries = position_ids.expand(batch, -1), position_ids.shape[-1]
+    ids = layout.document_ids
+    if ids is None:
+        ids = position_ids.new_zeros(batch, length)
+    begin = length - queries if layout.query_offset is None else int(layout.query_offset)
+    position = document_positions(ids)[0][:, begin : begin + queries]
+    real = (ids[:, begin : begin + queries] >= 0).long()
+    last = (real * torch.arange(1, queries + 1, device=real.device)).argmax(-1, keepdim=True)
+    return ((position_ids - position).gather(-1, last) * real.gather(-1, last))[:, 0]
 
 
 def run_bounded(
@@ -432,6 +490,10 @@ def run_bounded(
             _refuse_untold_packing(kwargs, False)
             layer.clock.had_padding_behind |= order is not None
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
+    if layer.schedule.memory is not None:
+        _refuse_inner_padding(order)
+        layer.ranking = _layer_memory(module).ranking(layer.schedule)
+        layer.position_ids = kwargs.get("position_ids")
     first_head, total_heads = head_slice(module, query.shape[1])
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
@@ -452,6 +514,13 @@ def _chunk_order(mask: torch.Tensor | None, query_length: int) -> torch.Tensor |
         is_behind = bool((real[:, :-1] & ~real[:, 1:]).any())
         setattr(mask, ORDER_MARK, real.to(torch.uint8).argsort(dim=1, stable=True) if is_behind else None)
     return getattr(mask, ORDER_MARK)
+
+
+def _refuse_inner_padding(order: torch.Tensor | None) -> None:
+    if order is not None:
+        raise ValueError(
+            "`attention_mask` has padding between the tokens of a row, which a memory does not read. Pad on the left."
+        )
 
 
 def _refuse_untold_packing(arguments: dict, is_packed: bool) -> None:
@@ -492,6 +561,11 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
     _warn_beyond_native_context(module.config, length, settings)
     layout = layout_of(mask, kwargs.get("position_ids"), query_length)
     _refuse_untold_packing(kwargs, layout.is_packed)
+    memory = memory_arguments(module, settings)
+    if memory:
+        _refuse_inner_padding(layout.order)
+        offset = _angle_offset(layout, kwargs.get("position_ids"), len(query), length)
+        query, key = (query, key) if offset is None else anchor(query, key, offset, memory["inv_freq"])
     first_head, total_heads = head_slice(module, query.shape[1])
     ids, query_offset, order = layout.document_ids, layout.query_offset, layout.order
     if order is not None:
@@ -516,6 +590,7 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
         query_offset=query_offset,
         backend=settings["backend"],
         elsewhere=getattr(kwargs.get(ELSEWHERE), "attend", None),
+        **memory,
     )
     return out if order is None or query_length < length else restore_order(out, order, dim=2)
 
@@ -542,10 +617,13 @@ def make_attention_function(original: str) -> Callable:
                 reason = "its `position_ids` have several axes, which do not tell where a document begins"
             cache_layer = getattr(getattr(key, "dilated_layer", None), "layer_idx", None)
             shape = tuple(key.shape)
-            probe.calls.append(AttentionCall(module, reason, query.shape[1], shape, key.itemsize, cache_layer))
+            probe.calls.append(AttentionCall(module, reason, query.shape[1], shape, key.itemsize, cache_layer, key[0]))
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
         settings = _patched_settings(module)
-        if module.layer_idx not in settings["layers"]:
+        reader = getattr(module, READER_MARK, None)
+        if reader is not None:
+            reader(module, query, key)
+        if module.layer_idx not in settings["layers"] or reader is not None:
             return run_original(
                 original, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )

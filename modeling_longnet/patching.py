@@ -14,6 +14,7 @@ import functools
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -24,6 +25,8 @@ from .adapter_files import SETTINGS_NAME, record_in_adapters, resize_for_adapter
 from .attention_kernels import BACKENDS
 from .dilated_cache import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule, as_plain
+from .memory_files import BASIS_NAME, read_bases, set_bases, write_bases
+from .memory_patch import attach_memories, find_layer_memories, resolve_memory
 from .model_card import TAGS, upload_with_card
 from .patch_probe import choose_layers, find_layers, probe_attention, text_part, why_unbounded
 from .patch_report import PatchReport, make_report
@@ -133,6 +136,7 @@ def patch_model(
     layers: Sequence[int] | Callable[[int], bool] | None = None,
     backend: str | None = None,
     rope_scaling: dict | None = None,
+    memory: dict | None = None,
 ) -> nn.Module:
     """Replace the causal self-attention of a model by dilated attention, in place.
 
@@ -154,6 +158,9 @@ def patch_model(
         backend: of the operator (`None`, `"eager"`, `"sdpa"`, `"flash_attention_2"`).
         rope_scaling: Transformers' `rope_parameters` for reading beyond the native context, for instance
             `{"rope_type": "yarn", "factor": 4.0}`; what is not given is taken from the model.
+        memory: lets each query choose blocks of earlier tokens to see beside what the schedule shows, so that the model
+            finds what it has read: a dictionary of settings, `{}` for the defaults, see [`MemorySpec`]. Beyond half of
+            the native context distances are clamped, unless `max_distance` tells otherwise (None: never).
 
     Returns:
         The same model.
@@ -162,7 +169,7 @@ def patch_model(
         ValueError: for a wrong setting; for a model whose attention cannot be exchanged, which is then left as it was.
     """
     schedule = DilationSchedule(
-        segment_lengths, dilation_rates, True, head_offsets, overlap, num_sink_tokens, "mask", local
+        segment_lengths, dilation_rates, True, head_offsets, overlap, num_sink_tokens, "mask", local, memory
     )
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
@@ -181,6 +188,9 @@ def patch_model(
         undo += guard_learned_positions(part, schedule, probe.tables)
         undo += scale_rotary_embeddings(part, schedule, rope_scaling)
         undo += _mark_scaled([call.module for call in probe.calls] if rope_scaling else [])
+        found = {} if memory is None else find_layer_memories(part, probe.calls, chosen)
+        schedule = replace(schedule, memory=resolve_memory(memory, part.config, chosen, found, rope_scaling))
+        undo += attach_memories(probe.calls, schedule.memory, found)
         part.config.dilated_attention = {
             "segment_lengths": list(schedule.segment_lengths),
             "dilation_rates": list(schedule.dilation_rates),
@@ -192,6 +202,8 @@ def patch_model(
             "backend": backend,
             "rope_scaling": rope_scaling,
         }
+        if schedule.memory is not None:
+            part.config.dilated_attention["memory"] = schedule.memory.to_dict()
         unbounded = why_unbounded(base)
         done = make_report(base, part.config, schedule, probe.calls, chosen, reasons, rope_scaling, unbounded)
         for piece in dict.fromkeys((base, part)):
@@ -266,6 +278,8 @@ def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):
         write_settings(save_directory, text_config_of(self.config).dilated_attention)
     elif kwargs.get("is_main_process", True):
         _name_as_dilated(Path(save_directory) / "config.json")
+    if kwargs.get("is_main_process", True):
+        write_bases(save_directory, self)
     return result
 
 
@@ -313,9 +327,20 @@ def patch_as_configured(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_settings(settings: object, source: str) -> dict:
-    if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
+    if not isinstance(settings, dict) or set(settings) - {"memory"} != set(SETTINGS):
         raise ValueError(f"the settings of {source} must be a dictionary of {', '.join(SETTINGS)}, got {settings!r}.")
     return settings
+
+
+def _with_bases(model: PreTrainedModel, find: Callable, source: str | Path) -> PreTrainedModel:
+    """The model with the dimensions that its memory was calibrated to rank in, if it was."""
+    path = find(BASIS_NAME)
+    if path is not None and (model.config.dilated_attention.get("memory") or {}).get("dimensions"):
+        try:
+            set_bases(model, read_bases(path))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    return model
 
 
 def load_patched_model(
@@ -349,7 +374,7 @@ def load_patched_model(
         settings = getattr(text_config_of(model.config), "dilated_attention", None)
         if settings is None:
             raise ValueError(f"{path_or_repo} was not saved from a patched model: load it and call `patch_model`.")
-        return patch_model(model, **_check_settings(settings, str(path_or_repo)))
+        return _with_bases(patch_model(model, **_check_settings(settings, str(path_or_repo))), find, path_or_repo)
     settings = find(SETTINGS_NAME)
     if settings is None:
         raise ValueError(f"the adapter {path_or_repo} has no {SETTINGS_NAME}: it was not saved from a patched model.")
@@ -364,6 +389,6 @@ def load_patched_model(
     auto_class = head_of_composite(base_model, auto_class, **kwargs)
     model = auto_class.from_pretrained(base_model, **kwargs)
     resize_for_adapter(model, str(path_or_repo), find, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
-    patch_model(model, **settings)
+    _with_bases(patch_model(model, **settings), find, path_or_repo)
     peft_model = importlib.import_module("peft").PeftModel
     return peft_model.from_pretrained(model, str(path_or_repo), is_trainable=is_trainable, **hub)

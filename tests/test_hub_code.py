@@ -49,6 +49,16 @@ CODE = {
     "dilated_cache_layer.py",
     "dilated_cache_layout.py",
     "visible_attention.py",
+    # the memory: what a schedule may hold, the definition, the search, the ways to read, the cache that keeps it all
+    "memory_spec.py",
+    "memory_reference.py",
+    "memory_positions.py",
+    "memory_search.py",
+    "memory_pieces.py",
+    "memory_rows.py",
+    "memory_step.py",
+    "memory_attention.py",
+    "dilated_memory_layer.py",
 }
 SLIDE_ENCODER_CODE = CODE | {"configuration_longnet_slide_encoder.py", "modeling_longnet_slide_encoder.py"}
 LONGVIT_CODE = CODE | {"configuration_longvit.py", "modeling_longvit.py"}

@@ -179,6 +179,8 @@ def test_norms_and_embeddings_train_and_reload(base, plain_run, tmp_path):
         (("--new-tokens", "0"), "--new-tokens must be at least 1, got 0"),
         (("--max-steps", "0"), "--max-steps must be at least 1"),
         (("--rope-scaling", "{yarn"), "--rope-scaling must be JSON"),
+        (("--memory", "{8"), "--memory must be JSON"),
+        (("--memory", '{"dimensions": 4}'), "calibrated"),
         (("--dtype", "float8"), "invalid choice"),
     ],
 )

@@ -1,0 +1,205 @@
+"""Which blocks each query reads: ranks by products with two vectors a block, the best of them exactly, causally.
+
+The sum of mean and bound takes two products, not three: with q = q+ + q- (its positive and its negative part), mean m,
+upper and lower bounds u and l, q m + sum max(q u, q l) = q+ (m + u) + q- (m + l). The index keeps m + u and m + l.
+
+Letters: B batch, H query heads, G key/value heads, Q query tokens, N key tokens, n blocks, D head dimension.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .dilation_schedule import DilationSchedule
+from .memory_positions import rotate
+from .memory_spec import MemorySpec
+
+
+TILE_SIZE = 2**22  # ranks that are held at once
+NO_BLOCK = -1
+
+
+def _rank_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def summarize(key: torch.Tensor, memory: MemorySpec, num_sink_tokens: int, first_block: int = 0) -> torch.Tensor:
+    """The index of whole blocks: key [B, G, N, D], whose first token begins block `first_block` -> [B, G, n, 2 D].
+
+    Sink tokens do not count: all queries see them anyway, and they are unlike all others. In float32 at least.
+    """
+    size, length = memory.block_size, key.shape[2]
+    key = key[:, :, : length // size * size].to(_rank_dtype(key.dtype)).unflatten(2, (-1, size))
+    mean, high, low = key.mean(3), key.amax(3), key.amin(3)
+    partial = num_sink_tokens // size - first_block  # the block that is partly sink tokens
+    rest = num_sink_tokens % size
+    if rest and 0 <= partial < key.shape[2]:
+        tail = key[:, :, partial, rest:]
+        mean[:, :, partial], high[:, :, partial], low[:, :, partial] = tail.mean(2), tail.amax(2), tail.amin(2)
+    if memory.rank == "mean":
+        return torch.cat([mean, mean], dim=-1)
+    if memory.rank == "bound":
+        return torch.cat([high, low], dim=-1)
+    return torch.cat([mean + high, mean + low], dim=-1)
+
+
+class MemoryBasis(NamedTuple):
+    """A few dimensions to rank blocks in, [G, D, d] each: q . k is nearly (q to_query) . (k to_key). The other two are
+    for blocks at a clamped distance, or None. Made by `calibrate_memory`."""
+
+    to_query: torch.Tensor
+    to_key: torch.Tensor
+    far_to_query: torch.Tensor | None = None
+    far_to_key: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How blocks are ranked: by the schedule's memory, in the dimensions of a basis, or in all of them (None).
+
+    inv_freq: rotary frequencies, for a memory with `max_distance`.
+
+    Raises:
+        ValueError: the memory ranks in fewer dimensions and has no basis, or clamps distances and has no frequencies.
+    """
+
+    schedule: DilationSchedule
+    inv_freq: torch.Tensor | None = None
+    basis: MemoryBasis | None = None
+
+    def __post_init__(self):
+        memory = self.schedule.memory
+        if memory.max_distance is not None and self.inv_freq is None:
+            raise ValueError(
+                "`memory`: `max_distance` turns rotary embeddings, and wants their frequencies `inv_freq`, got None."
+            )
+        if memory.dimensions is not None and self.basis is None:
+            raise ValueError(
+                f"`memory` ranks in dimensions={memory.dimensions} that were never calibrated: call "
+                "`calibrate_memory(model, tokens)`, or leave `dimensions` out to rank in all of them."
+            )
+
+    def _few(self, key: torch.Tensor, name: str) -> torch.Tensor:
+        key = key.to(_rank_dtype(key.dtype))
+        if self.schedule.memory.dimensions is None:
+            return key
+        return key @ getattr(self.basis, name).to(key.device, key.dtype)
+
+    def index(self, key: torch.Tensor, first_block: int = 0) -> torch.Tensor:
+        """What tells of whole blocks of keys [B, G, N, D], whose first token begins block `first_block`:
+        [B, G, n, 2 d]."""
+        sinks = self.schedule.num_sink_tokens
+        return summarize(self._few(key, "to_key"), self.schedule.memory, sinks, first_block)
+
+    def far_index(self, key: torch.Tensor, first_block: int = 0) -> torch.Tensor:
+        """The same of keys turned back to their blocks' beginnings, for queries that look from `max_distance`."""
+        size, sinks = self.schedule.memory.block_size, self.schedule.num_sink_tokens
+        start = (torch.arange(key.shape[2], device=key.device) // size + first_block) * size
+        key = rotate(key.to(_rank_dtype(key.dtype)), -start.expand(key.shape[:3]), self.inv_freq)
+        return summarize(self._few(key, "far_to_key"), self.schedule.memory, sinks, first_block)
+
+    def far_query(self, query: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Queries [..., D] at `position` [...] turned to `max_distance`, in float32 at least."""
+        distance = self.schedule.memory.max_distance - position
+        return rotate(query.to(_rank_dtype(query.dtype)), distance.expand(query.shape[:-1]), self.inv_freq)
+
+    def ranks(self, query: torch.Tensor, index: torch.Tensor, far: bool = False) -> torch.Tensor:
+        """Of the blocks in an index [B, G, n, 2 d], for queries [B, H, T, D] (turned, if far): [B, G, H / G, T, n]."""
+        query = query.to(_rank_dtype(query.dtype)).unflatten(1, (index.shape[1], -1))
+        rows = query.flatten(2, 3)
+        if self.schedule.memory.dimensions is not None:
+            to_few = self.basis.far_to_query if far else self.basis.to_query
+            rows = rows @ to_few.to(rows.device, rows.dtype)
+        rows = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=-1)
+        return (rows @ index.mT).unflatten(2, query.shape[2:4])
+
+
+def _stable_best(ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """The indices of the `count` highest along the last dimension; of equal ones the last go first."""
+    last = ranks.shape[-1] - 1
+    return last - ranks.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def best_blocks(ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """The blocks of the `count` highest ranks [..., n], NO_BLOCK where fewer are above -inf: [..., count].
+
+    The set is exact and the newer of equal blocks wins; its order is not defined. Blocks in `count` groups at most can
+    be among the best, those of the highest maxima: most ranks are read once, by a maximum.
+    """
+    n = ranks.shape[-1]
+    if n <= count:
+        chosen = torch.arange(n, device=ranks.device).expand(ranks.shape)
+        chosen = chosen.masked_fill(ranks == -torch.inf, NO_BLOCK)
+        return torch.nn.functional.pad(chosen, (0, count - n), value=NO_BLOCK)
+    candidates, maxima, numbers = ranks, None, None
+    group = 1 << int(math.log2(n / count) / 2)  # as many maxima as candidates, nearly
+    if group >= 4:
+        # Blocks of a group lie far from each other, so that maxima are those of whole vectors.
+        padded = torch.nn.functional.pad(ranks, (0, -n % group), value=-torch.inf) if n % group else ranks
+        grouped = padded.unflatten(-1, (group, -1))
+        maxima = grouped.amax(-2)
+        groups = maxima.topk(count, sorted=False).indices
+        candidates = grouped.gather(-1, groups[..., None, :].expand(*grouped.shape[:-1], count)).flatten(-2)
+        numbers = groups, maxima.shape[-1]
+    values, chosen = candidates.topk(count, sorted=False)
+    threshold = values.amin(-1, keepdim=True)
+    tied = (candidates >= threshold).sum(-1) > count
+    if numbers is not None:
+        groups, width = numbers
+        chosen = (chosen // count) * width + groups.gather(-1, chosen % count)
+        tied |= (maxima >= threshold).sum(-1) > count
+    tied &= threshold[..., 0] > -torch.inf
+    if bool(tied.any()):
+        chosen[tied] = _stable_best(ranks[tied], count)
+    return chosen.masked_fill(values == -torch.inf, NO_BLOCK)
+
+
+def choose_blocks(
+    ranking: Ranking,
+    query: torch.Tensor,
+    index: torch.Tensor,
+    far_index: torch.Tensor | None,
+    query_start: int,
+) -> torch.Tensor:
+    """The blocks that queries at positions query_start, query_start + 1, ... read, int64 [B, H, Q, top_k], -1 for none.
+
+    Args:
+        query: [B, H, Q, D]. index: of all blocks that may be eligible, [B, G, n, 2 d]. far_index: the same for those at
+            a clamped distance, or None where no query has any.
+    """
+    schedule, memory = ranking.schedule, ranking.schedule.memory
+    (batch, heads, length, _), size, blocks = query.shape, memory.block_size, index.shape[2]
+    first = schedule.num_sink_tokens // size  # blocks before it are sink tokens and nothing else
+    chosen = torch.full((batch, heads, length, memory.top_k), NO_BLOCK, dtype=torch.long, device=query.device)
+    tile = max(1, TILE_SIZE // max(1, batch * heads * blocks))
+    for begin in range(0, length, tile):
+        end = min(begin + tile, length)
+        low, stop = (min(blocks, schedule.local_start(query_start + i) // size) for i in (begin, end - 1))
+        if stop <= first:
+            continue
+        position = torch.arange(query_start + begin, query_start + end, device=query.device)
+        ranks = ranking.ranks(query[:, :, begin:end], index[:, :, :stop])
+        if far_index is not None:
+            rank_far(ranking, ranks, query[:, :, begin:end], far_index, position, query_start + end - 1)
+        ranks[..., :first] = -torch.inf
+        if low < stop:
+            ends = (torch.arange(low, stop, device=query.device) + 1) * size
+            ranks[..., low:].masked_fill_(ends > schedule.local_start(position)[:, None], -torch.inf)
+        chosen[:, :, begin:end] = best_blocks(ranks, memory.top_k).flatten(1, 2)
+    return chosen
+
+
+def rank_far(ranking, ranks, query, far_index, position: torch.Tensor, last: int) -> None:
+    """Overwrites, in ranks [B, G, H / G, T, n] of queries [B, H, T, D], those of blocks beyond `max_distance`.
+
+    position: of the queries, [T] or [B, 1, 1, T]; last: the largest of them.
+    """
+    memory = ranking.schedule.memory
+    reach = min(ranks.shape[-1], max(0, -(-(last - memory.max_distance) // memory.block_size)))
+    if reach:
+        far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
+        far = ranking.ranks(far_query, far_index[:, :, :reach], far=True)
+        start = torch.arange(reach, device=ranks.device) * memory.block_size
+        ranks[..., :reach] = torch.where(position[..., None] - start > memory.max_distance, far, ranks[..., :reach])

@@ -1,0 +1,91 @@
+"""One new token a row, each row at a position of its own: the keys it sees are gathered, and attended to in one go.
+
+Letters: B batch, H query heads, G key/value heads, h = H / G, N room for tokens, n blocks of b tokens, K chosen blocks,
+D head dimension, d dimensions ranked in.
+"""
+
+import torch
+
+from .memory_positions import rotate
+from .memory_search import Ranking, best_blocks, rank_far
+
+
+def _gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows `tokens` [B, G, ...] of x [B, G, N, D]: [B, G, ..., D]."""
+    batch, groups, room, _ = x.shape
+    first = torch.arange(batch * groups, device=x.device).view(batch, groups, *[1] * (tokens.dim() - 2)) * room
+    return x.flatten(0, 2).index_select(0, (tokens + first).flatten()).unflatten(0, tokens.shape)
+
+
+def _choose(ranking: Ranking, query, index, far_index, position, start, last: int) -> torch.Tensor:
+    """Blocks [B, G, h, K] of queries [B, H, 1, D] at `position` [B], whose windows begin at `start` [B]."""
+    schedule, size = ranking.schedule, ranking.schedule.memory.block_size
+    blocks = min(index.shape[2], int(start.max()) // size)
+    ranks = ranking.ranks(query, index[:, :, :blocks])
+    if far_index is not None:
+        rank_far(ranking, ranks, query, far_index, position[:, None, None, None], last)
+    ends = (torch.arange(blocks, device=query.device) + 1) * size
+    eligible = (ends <= start[:, None]) & (ends > schedule.num_sink_tokens)
+    ranks.masked_fill_(~eligible[:, None, None, None], -torch.inf)
+    return best_blocks(ranks[..., 0, :], schedule.memory.top_k)
+
+
+def _shared_tokens(schedule, position, start) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks and window of each row, [B, sinks + span], and which of them there are."""
+    sinks = schedule.num_sink_tokens
+    span = int((position - start).max()) + 1
+    window = position[:, None] - torch.arange(span - 1, -1, -1, device=position.device)
+    first = torch.arange(sinks, device=position.device).expand(len(position), sinks)
+    seen = torch.cat([first <= position[:, None], window >= start.clamp(min=sinks)[:, None]], dim=1)
+    return torch.cat([first, window.clamp(min=0)], dim=1), seen
+
+
+def attend_step(
+    ranking: Ranking,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: torch.Tensor | None,
+    far_index: torch.Tensor | None,
+    position: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token a row, [B, H, 1, D], for schedules of a window alone.
+
+    Args:
+        query: [B, H, 1, D]. key, value: [B, G, N, D], in the order of positions, the queries' own included.
+        index, far_index: of the whole blocks among the keys, [B, G, n, 2 d]; None where there is none.
+        position: of the queries, [B].
+    """
+    schedule, memory, groups = ranking.schedule, ranking.schedule.memory, key.shape[1]
+    start, last, sinks = schedule.local_start(position), int(position.max()), schedule.num_sink_tokens
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    clamps = memory.max_distance is not None and last > memory.max_distance
+    rows = query.unflatten(1, (groups, -1))[..., 0, :].to(dtype)  # [B, G, h, D]
+    far_rows = None
+    if clamps:
+        far_rows = ranking.far_query(query, position[:, None, None]).unflatten(1, (groups, -1))[..., 0, :]
+    tokens, seen = _shared_tokens(schedule, position, start)
+    keys, values = (_gather(x, tokens[:, None].expand(-1, groups, -1)).to(dtype) for x in (key, value))
+    scores = rows @ keys.mT * scale
+    if clamps:
+        far = (position > memory.max_distance)[:, None, None, None]
+        scores[..., :sinks] = torch.where(far, far_rows @ keys[:, :, :sinks].mT * scale, scores[..., :sinks])
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    if index is None or int(start.max()) < memory.block_size:
+        return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2).to(query.dtype)
+    chosen = _choose(ranking, query, index, far_index if clamps else None, position, start, last)
+    begin = chosen.clamp(min=0) * memory.block_size
+    tokens = begin[..., None] + torch.arange(memory.block_size, device=key.device)  # [B, G, h, K, b]
+    own_keys, own_values = (_gather(x, tokens).to(dtype) for x in (key, value))
+    own = (own_keys @ rows[:, :, :, None, :, None])[..., 0] * scale
+    if clamps:
+        turned = rotate(own_keys, -begin[..., None].expand(tokens.shape), ranking.inv_freq)
+        is_far = position[:, None, None, None] - begin > memory.max_distance
+        own = torch.where(is_far[..., None], (turned @ far_rows[:, :, :, None, :, None])[..., 0] * scale, own)
+    hidden = (chosen < 0)[..., None] | (tokens < sinks)
+    own = own.masked_fill(hidden, -torch.inf).flatten(-2)
+    weights = torch.cat([scores, own], dim=-1).softmax(-1)
+    shared = weights[..., : scores.shape[-1]] @ values
+    out = shared + (weights[..., None, scores.shape[-1] :] @ own_values.flatten(-3, -2))[..., 0, :]
+    return out.flatten(1, 2).unsqueeze(2).to(query.dtype)

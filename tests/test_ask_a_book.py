@@ -1,0 +1,32 @@
+"""The example that reads once and asks many times: an answer is that of one whole text, and leaves no trace."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ask_a_book import ask, plant, read
+from modeling_longnet import patch_model
+
+
+def test_facts_are_spread_over_the_text():
+    text, facts = plant(list(range(1000, 1100)), lambda line: [int(c) for c in line if c.isdigit()], 4)
+    assert [x for x in text if x >= 1000] == list(range(1000, 1100))
+    assert [x for x in text if x < 10] == [int(c) for _, number in facts for c in number]
+    assert len({name for name, _ in facts}) == 4
+
+
+@pytest.mark.parametrize("chunk_size", [16, 50])
+def test_an_answer_is_that_of_the_whole_text_and_leaves_no_trace(chunk_size):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = patch_model(LlamaForCausalLM(config).eval(), [8], [1], memory={"block_size": 4, "top_k": 4})
+    text, questions = torch.randint(1, 61, (90,)).tolist(), torch.randint(1, 61, (3, 7)).tolist()
+    cache = read(model, text, chunk_size)
+    for question in [*questions, questions[0]]:
+        whole = torch.tensor([text + question])
+        expected = model.generate(whole, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(whole))
+        assert ask(model, cache, question, 6) == expected[0, whole.shape[1] :].tolist()
+    assert cache.get_seq_length() == 90

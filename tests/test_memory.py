@@ -1,0 +1,197 @@
+"""Attention with a memory: the laws of a choice, and the fast path against the naive definition."""
+
+import itertools
+
+import pytest
+import torch
+
+from modeling_longnet.dilated_attention import dilated_attention
+from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
+from modeling_longnet.memory_reference import memory_attention_reference
+from modeling_longnet.memory_search import Ranking, best_blocks
+from modeling_longnet.memory_spec import MemorySpec
+
+
+INV_FREQ = torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)
+# Far more blocks than are chosen: a choice of everything would hide a wrong one.
+CASES = {
+    "blocks-of-4": ([8], [1], 2, {"block_size": 4, "top_k": 2}),
+    "no-sinks-uneven": ([14], [1], 0, {"block_size": 3, "top_k": 3, "rank": "mean"}),
+    "sinks-in-a-block": ([12], [1], 5, {"block_size": 4, "top_k": 2, "rank": "bound"}),
+    "single-keys": ([6], [1], 3, {"block_size": 1, "top_k": 5}),
+    "beside-dilated": ([8, 16, 64], [1, 2, 4], 2, {"block_size": 4, "top_k": 3}),
+    "beside-uneven-dilated": ([9, 20], [1, 3], 1, {"block_size": 2, "top_k": 4}),
+    "clamped": ([8], [1], 2, {"block_size": 4, "top_k": 3, "max_distance": 20}),
+    "clamped-beside-dilated": ([8, 32], [1, 2], 6, {"block_size": 4, "top_k": 3, "max_distance": 9}),
+}
+
+
+def make_schedule(name: str, **changes) -> DilationSchedule:
+    lengths, rates, sinks, memory = CASES[name]
+    return DilationSchedule(
+        lengths, rates, overlap="once", local="sliding", num_sink_tokens=sinks, memory=memory | changes
+    )  # fmt: skip
+
+
+def make_tensors(length, heads=4, groups=2, batch=2, width=8, dtype=torch.float64, queries=None):
+    shapes = [(batch, heads, queries or length, width), *[(batch, groups, length, width)] * 2]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def make_call(schedule, query, key, backend="sdpa"):
+    start = key.shape[2] - query.shape[2]
+    return MemoryCall(Ranking(schedule, INV_FREQ), start, query.shape[1], key.shape[1], 0, None, 0.4, backend)
+
+
+def naive(call, *tensors, **options):
+    return memory_attention_reference(*tensors, call.schedule, call.start, scale=0.4, inv_freq=INV_FREQ, **options)
+
+
+def as_sets(chosen: torch.Tensor) -> torch.Tensor:
+    return chosen.sort(-1).values
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_the_fast_path_is_the_definition_with_its_gradients(name, backend):
+    for length, queries, (heads, groups) in itertools.product((1, 7, 67), (None, 5), ((4, 2), (3, 1), (2, 2))):
+        query, key, value = make_tensors(length, heads, groups, queries=min(length, queries or length))
+        call = make_call(make_schedule(name), query, key, backend)
+        out, lse = attend_memory(call, query, key, value)
+        wanted = naive(call, query, key, value)
+        assert torch.equal(as_sets(choose(call, query, key)), as_sets(wanted[2]))
+        torch.testing.assert_close((out, lse), wanted[:2], rtol=0, atol=1e-12)
+        loss_weights = torch.randn_like(out), torch.randn_like(lse)
+        got, expected = (
+            torch.autograd.grad(sum((a * b).sum() for a, b in zip(result, loss_weights)), (query, key, value))
+            for result in ((out, lse), wanted[:2])
+        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precisions_err_at_most_twice_as_much_as_the_naive_path(dtype):
+    query, key, value = make_tensors(130, 4, 2, dtype=dtype)
+    call = make_call(make_schedule("beside-dilated"), query, key)
+    chosen = choose(call, query, key)
+    exact = naive(call, *(x.double() for x in (query, key, value)), chosen=chosen)[0]
+    plain = naive(call, query, key, value, chosen=chosen)[0]
+    out = attend_memory(call, query, key, value, chosen=chosen)[0]
+    assert out.dtype == dtype
+    bound = 1e-5 if dtype == torch.float32 else 2 * (plain.double() - exact).abs().max().item()
+    assert (out.double() - exact).abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_comes_later_changes_nothing_before_it(name):
+    query, key, value = (x.detach() for x in make_tensors(80))
+    schedule = make_schedule(name)
+    call = make_call(schedule, query, key)
+    before = attend_memory(call, query, key, value)[0], choose(call, query, key)
+    edited = [torch.cat([x[:, :, :53], 5 * torch.randn_like(x[:, :, 53:])], dim=2) for x in (query, key, value)]
+    after = attend_memory(call, *edited)[0], choose(call, *edited[:2])
+    assert torch.equal(before[1][:, :, :53], after[1][:, :, :53])
+    torch.testing.assert_close(before[0][:, :, :53], after[0][:, :, :53], rtol=0, atol=1e-12)
+    assert not torch.allclose(before[0][:, :, 53:], after[0][:, :, 53:])
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("clamped")])
+def test_choosing_all_blocks_is_dense_causal_attention(name):
+    query, key, value = (x.detach() for x in make_tensors(75))
+    call = make_call(make_schedule(name, top_k=99), query, key)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True, scale=0.4
+    )  # fmt: skip
+    torch.testing.assert_close(attend_memory(call, query, key, value)[0], dense, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_queries_read_in_any_pieces_read_the_same(name):
+    query, key, value = (x.detach() for x in make_tensors(71))
+    schedule = make_schedule(name)
+    whole = attend_memory(make_call(schedule, query, key), query, key, value)[0]
+    chosen = choose(make_call(schedule, query, key), query, key)
+    for begin, end in ((0, 20), (20, 21), (21, 50), (50, 71)):
+        part = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
+        call = make_call(schedule, *part[:2])
+        assert torch.equal(as_sets(choose(call, *part[:2])), as_sets(chosen[:, :, begin:end]))
+        torch.testing.assert_close(attend_memory(call, *part)[0], whole[:, :, begin:end], rtol=0, atol=1e-12)
+
+
+def test_documents_and_padding_are_rows_of_their_own():
+    query, key, value = (x.detach() for x in make_tensors(90, batch=2))
+    ids = torch.tensor([[-1] * 23 + [0] * 67, [4] * 30 + [7] * 60])
+    arguments = make_schedule("blocks-of-4").as_arguments()
+    out = dilated_attention(query, key, value, document_ids=ids, **arguments)
+    assert not out[0, :, :23].any()
+    for row, part in ((0, slice(23, 90)), (1, slice(0, 30)), (1, slice(30, 90))):
+        alone = dilated_attention(*(x[row : row + 1, :, part] for x in (query, key, value)), **arguments)
+        torch.testing.assert_close(out[row : row + 1, :, part], alone, rtol=0, atol=1e-12)
+
+
+def test_of_equal_blocks_the_newer_are_chosen_and_the_set_is_exact():
+    ranks = torch.randint(0, 40, (50, 333)).float()
+    ranks[3, 100:] = -torch.inf
+    ranks[4, 2:] = -torch.inf
+    for count in (1, 5, 40, 400):
+        wanted = 332 - ranks.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        wanted = torch.where(ranks.gather(-1, wanted) == -torch.inf, -1, wanted)
+        wanted = torch.nn.functional.pad(wanted, (0, count - wanted.shape[-1]), value=-1)
+        assert torch.equal(as_sets(best_blocks(ranks, count)), as_sets(wanted))
+    repeated = torch.ones(1, 1, 60, 8, dtype=torch.float64)
+    call = make_call(make_schedule("blocks-of-4"), repeated, repeated)
+    chosen = choose(call, repeated, repeated)
+    assert as_sets(chosen)[0, 0, -1].tolist() == [12, 13]  # the window of query 59 begins at 56, extended from 56
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_query_sees_each_key_once(name):
+    """With logits near 0 and the identity as values, the output is the weights: 1 / (number of keys seen), or 0."""
+    query, key, _ = (x.detach() for x in make_tensors(64, heads=2, groups=1, batch=1, width=64))
+    value = torch.eye(64, dtype=torch.float64)[None, None]
+    weights = attend_memory(make_call(make_schedule(name), 1e-13 * query, key), 1e-13 * query, key, value)[0]
+    seen = weights > 1e-6
+    torch.testing.assert_close(weights, seen.double() / seen.sum(-1, keepdim=True), rtol=0, atol=1e-9)
+    assert seen[..., -1, :].sum(-1).max() < 40
+
+
+def test_memory_off_takes_the_path_of_before():
+    query, key, value = (x.detach() for x in make_tensors(60))
+    schedule = DilationSchedule([8, 16], [1, 2], overlap="once", local="sliding", num_sink_tokens=2)
+    assert "memory" not in schedule.as_arguments()
+    plain = dilated_attention(query, key, value, **schedule.as_arguments())
+    assert torch.equal(plain, dilated_attention(query, key, value, memory=None, **schedule.as_arguments()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"block_size": 0}, "block_size"),
+        ({"top_k": True}, "top_k"),
+        ({"rank": "best"}, "rank"),
+        ({"layers": "all"}, "layers"),
+        ({"max_distance": 3}, "max_distance"),
+        ({"blocks": 3}, "dictionary"),
+        ("yes", "dictionary"),
+        ({"block_size": 64}, "window"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings, word):
+    with pytest.raises(ValueError, match=word):
+        DilationSchedule([8], [1], overlap="once", local="sliding", memory=settings)
+
+
+def test_what_a_memory_does_not_go_with_is_refused():
+    with pytest.raises(ValueError, match="sliding"):
+        DilationSchedule([8], [1], memory={})
+    query, key, value = make_tensors(30)
+    arguments = make_schedule("clamped").as_arguments()
+    with pytest.raises(ValueError, match="inv_freq"):
+        dilated_attention(query, key, value, **arguments)
+
+
+def test_settings_are_plain_json():
+    spec = MemorySpec(layers=[3, 1])
+    assert MemorySpec.from_dict(spec.to_dict()) == spec and spec.to_dict()["layers"] == [1, 3]
+    assert spec.reads_in(3) and not spec.reads_in(2) and MemorySpec().reads_in(7)
