@@ -2,9 +2,8 @@
 
     python examples/ask_a_book.py --length 16384 --output runs/ask-a-book
 
-The model is patched with a memory, whose dimensions are calibrated on a page of another text. It reads the text by
-chunks into a cache, which is saved: asked again, it does not read again. After each answer the cache forgets the
-question (`crop`), so that questions do not see each other.
+The model is patched with a memory. It reads the text by chunks into a cache, which is saved: asked again, it does not
+read again. After each answer the cache forgets the question (`crop`), so that questions do not see each other.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from modeling_longnet import DilatedCache, calibrate_memory, patch_model
+from modeling_longnet import DilatedCache, patch_model
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
 from modeling_longnet.transformers_compat import named_cache
 from reporting import provenance, write_json
@@ -24,7 +23,8 @@ from smollm2 import smollm2_135m
 from texts import load_text
 
 
-MEMORY = {"block_size": 8, "top_k": 32, "dimensions": 16}
+MEMORY = {"block_size": 4, "top_k": 64}
+QUESTION = "\n\nQuestion: What is the secret number of {name}?\nAnswer: The secret number of {name} is"
 NAMES = "Alice Bruno Clara Dmitri Elena Farid Greta Hugo Ingrid Jonas Karin Leon Marta Nadia Oscar Paula".split()
 
 
@@ -82,7 +82,6 @@ def main(arguments: list[str] | None = None) -> dict:
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     patch_model(model, segment_lengths=[512], dilation_rates=[1], memory=MEMORY)
-    calibrate_memory(model, encode(load_text("python-source")[:32768])[:4096])
     book = encode(load_text(options.text)[: options.length * 8])[: options.length]
     text, facts = plant(book, encode, options.questions)
     file, began = options.output / f"{options.length}.safetensors", time.perf_counter()
@@ -94,7 +93,7 @@ def main(arguments: list[str] | None = None) -> dict:
     seconds, answers = time.perf_counter() - began, []
     print(f"{len(text):,} tokens in {seconds:.0f} s; the cache holds {cache.memory_footprint() / 2**20:.0f} MiB")
     for name, number in facts:
-        answer = tokenizer.decode(ask(model, cache, encode(f"\nThe secret number of {name} is"), 5)).strip()
+        answer = tokenizer.decode(ask(model, cache, encode(QUESTION.format(name=name)), 5)).strip()
         answers.append({"name": name, "number": number, "answer": answer, "right": answer.startswith(number)})
         print(f"{name:8} {number}   {'right' if answers[-1]['right'] else 'WRONG'}   {answer!r}")
     right = sum(answer["right"] for answer in answers)

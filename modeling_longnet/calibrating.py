@@ -10,6 +10,7 @@ from .memory_calibration import make_basis
 from .memory_files import layer_memories, set_bases
 from .patched_attention import LAYER_MEMORY, reading
 from .patching import _unwrap, is_patched
+from .transformers_compat import text_config_of
 
 
 def calibrate_memory(model: nn.Module, tokens: Sequence[int] | torch.Tensor) -> nn.Module:
@@ -30,7 +31,7 @@ def calibrate_memory(model: nn.Module, tokens: Sequence[int] | torch.Tensor) -> 
         ValueError: a model without such a memory; a text of fewer tokens than `dimensions`, or of several rows.
     """
     base = _unwrap(model)
-    schedule = DilationSchedule.from_config(base.config) if is_patched(base) else None
+    schedule = DilationSchedule.from_config(text_config_of(base.config)) if is_patched(base) else None
     if schedule is None or schedule.memory is None or schedule.memory.dimensions is None:
         raise ValueError(
             "`model` must be patched with a memory that ranks in a few dimensions, for instance "

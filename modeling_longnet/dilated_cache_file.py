@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
+from .memory_files import bases_fingerprint
 
 
 FORMAT = "longnet-dilated-cache-1"
@@ -59,6 +60,7 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
         "format": FORMAT,
         "schedule": _schedule_text(model.config),
         "model": model_fingerprint(model),
+        "memory": bases_fingerprint(model),
         "max_length": json.dumps(layers[0].max_length),
     }
     path = Path(path)
@@ -90,6 +92,8 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[DilatedCache, 
         raise ValueError(f"{path} was written under another schedule: wanted {wanted}, got {metadata['schedule']}.")
     if metadata["model"] != model_fingerprint(model):
         raise ValueError(f"{path} was written with another model, or with other weights of this one.")
+    if metadata.get("memory", bases_fingerprint(model)) != bases_fingerprint(model):
+        raise ValueError(f"{path} was written by a memory that was calibrated otherwise: its blocks rank differently.")
     cache = DilatedCache(model.config, max_length=json.loads(metadata["max_length"]))
     for index, layer in enumerate(cache.dilated_layers):
         stored = {name: tensors.pop(f"{name}.{index}") for name in STORED if f"{name}.{index}" in tensors}

@@ -63,6 +63,8 @@ class MemoryLayer(DilatedLayer):
         return attend_step(self.ranking, query, self.keys, self.values, *indices, position, scale)
 
     def _prepare(self, step: Step) -> None:
+        if torch.compiler.is_compiling():
+            raise ValueError("`memory` does not run under `torch.compile` yet: its choice depends on values.")
         if self.ranking is None:
             self.ranking = Ranking(self.schedule)
         if step.news is None:

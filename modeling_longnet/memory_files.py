@@ -1,5 +1,6 @@
 """The dimensions that a patched model ranks blocks in, as a file beside its weights or its adapter."""
 
+import hashlib
 import importlib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import nn
 from .memory_patch import LayerMemory
 from .memory_search import MemoryBasis
 from .patched_attention import LAYER_MEMORY
+from .transformers_compat import text_config_of
 
 
 BASIS_NAME = "dilated_attention_memory.safetensors"
@@ -17,6 +19,16 @@ BASIS_NAME = "dilated_attention_memory.safetensors"
 def layer_memories(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules that have a memory, by layer."""
     return {module.layer_idx: module for module in model.modules() if hasattr(module, LAYER_MEMORY)}
+
+
+def bases_fingerprint(model: nn.Module) -> str:
+    """A hash of the dimensions that the model's memory ranks in; of nothing for a model that ranks in all."""
+    digest = hashlib.sha256()
+    for index, module in sorted(layer_memories(model).items()):
+        for tensor in getattr(module, LAYER_MEMORY).basis or ():
+            if tensor is not None:
+                digest.update(f"{index}".encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def set_bases(model: nn.Module, bases: dict[int, MemoryBasis]) -> None:
@@ -28,7 +40,7 @@ def set_bases(model: nn.Module, bases: dict[int, MemoryBasis]) -> None:
     modules = layer_memories(model)
     if set(modules) != set(bases):
         raise ValueError(f"the dimensions of a memory must be of layers {sorted(modules)}, got {sorted(bases)}.")
-    wanted = model.config.dilated_attention["memory"]["dimensions"]
+    wanted = text_config_of(model.config).dilated_attention["memory"]["dimensions"]
     for index, basis in bases.items():
         given = basis.to_query.shape[-1]
         if given != wanted:

@@ -42,8 +42,8 @@ class MemorySpec:
             product that a key within the block's bounds could have, sum over c of max(q_c min_c, q_c max_c) (Quest);
             `"mean+bound"`, their sum. The newer of two equal blocks goes first.
         layers: indices of the layers that have a memory; None for all that are dilated.
-        dimensions: rank in so many calibrated dimensions of a head (`calibrate_memory`), which is cheaper and finds as
-            well; None for all.
+        dimensions: rank in so many calibrated dimensions of a head (`calibrate_memory`), which is cheaper and finds
+            less in prose (docs/memory_study.md); None for all.
         max_distance: blocks that begin further back are read as if they began that many tokens before the query, and so
             are sink tokens: no rotary angle leaves the range a model was trained on. None for true distances.
 

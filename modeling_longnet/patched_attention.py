@@ -434,6 +434,14 @@ def _layer_memory(module: torch.nn.Module):
     return memory
 
 
+def _refuse_sliced_dimensions(memory, num_heads: int, total_heads: int) -> None:
+    if memory.basis is not None and num_heads != total_heads:
+        raise ValueError(
+            "`memory`: `dimensions` are calibrated for all heads of a layer, and this rank has "
+            f"{num_heads} of {total_heads}: leave `dimensions` out under tensor parallelism."
+        )
+
+
 def memory_arguments(module: torch.nn.Module, settings: dict) -> dict:
     """The operator's arguments of a layer with a memory; none for another."""
     if settings.get("memory") is None:
@@ -495,6 +503,8 @@ def run_bounded(
         layer.ranking = _layer_memory(module).ranking(layer.schedule)
         layer.position_ids = kwargs.get("position_ids")
     first_head, total_heads = head_slice(module, query.shape[1])
+    if layer.schedule.memory is not None:
+        _refuse_sliced_dimensions(layer.ranking, query.shape[1], total_heads)
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
         ids = None if ids is None else ids.gather(1, order)
@@ -567,6 +577,8 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
         offset = _angle_offset(layout, kwargs.get("position_ids"), len(query), length)
         query, key = (query, key) if offset is None else anchor(query, key, offset, memory["inv_freq"])
     first_head, total_heads = head_slice(module, query.shape[1])
+    if memory:
+        _refuse_sliced_dimensions(_layer_memory(module), query.shape[1], total_heads)
     ids, query_offset, order = layout.document_ids, layout.query_offset, layout.order
     if order is not None:
         key, value = (reorder(x, order, dim=2) for x in (key, value))

@@ -335,7 +335,7 @@ def _check_settings(settings: object, source: str) -> dict:
 def _with_bases(model: PreTrainedModel, find: Callable, source: str | Path) -> PreTrainedModel:
     """The model with the dimensions that its memory was calibrated to rank in, if it was."""
     path = find(BASIS_NAME)
-    if path is not None and (model.config.dilated_attention.get("memory") or {}).get("dimensions"):
+    if path is not None and (text_part(model).config.dilated_attention.get("memory") or {}).get("dimensions"):
         try:
             set_bases(model, read_bases(path))
         except ValueError as error:

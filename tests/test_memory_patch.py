@@ -235,6 +235,9 @@ def test_a_saved_cache_goes_on(model, tmp_path):
     loaded, _ = load_cache(tmp_path / "cache.safetensors", model)
     went_on = read(model, text[:, 70:], [1, 39], cache)[0]
     assert torch.equal(read(model, text[:, 70:], [1, 39], loaded)[0], went_on)
+    if model.config.dilated_attention["memory"]["dimensions"]:
+        with pytest.raises(ValueError, match="calibrated"):
+            load_cache(tmp_path / "cache.safetensors", calibrate_memory(model, tokens(80)[0]))
     with pytest.raises(ValueError, match="schedule"):
         load_cache(tmp_path / "cache.safetensors", patch_model(tiny_llama(), [8], [1], num_sink_tokens=2))
 

@@ -157,7 +157,7 @@ def draw(result: dict, path: Path) -> None:
     for axis, is_text in zip(axes, (False, True)):
         own = [task for task in tasks if task.startswith("perplexity") == is_text]
         for i, task in enumerate(own):
-            rows, height = result["summary"][task], 0.8 / len(own)
+            rows, height, label = result["summary"][task], 0.8 / len(own), task
             for y, name in enumerate(names):
                 if name in rows and is_text and "dense" in rows:
                     width = rows[name]["perplexity"] / rows["dense"]["perplexity"] - 1
@@ -165,7 +165,8 @@ def draw(result: dict, path: Path) -> None:
                     width = rows[name]["found"] / rows[name]["trials"]
                 else:
                     continue
-                axis.barh(y + i * height, width, height, color=f"C{i}", label=task if name == "dense" else None)
+                axis.barh(y + i * height, width, height, color=f"C{i}", label=label)
+                label = None  # once in the legend
         axis.set_yticks([y + 0.4 for y in range(len(names))], names if not is_text else [], fontsize=7)
         axis.invert_yaxis()
         axis.set_xlabel("perplexity above dense" if is_text else "share found")
