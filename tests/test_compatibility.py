@@ -35,13 +35,16 @@ def test_upstream_section_is_made_from_the_record():
     assert rest.partition(upstream_report.END)[0].strip() == upstream_report.section(RUNS)
 
 
-@pytest.mark.parametrize("release", ["5.24.0", "5.17.0"])
-def test_upstream_numbers_add_up(release):
-    """No failure, and as many skipped tests named as counted."""
+@pytest.mark.parametrize(
+    "release, known",
+    [("5.24.0", set())],
+)
+def test_upstream_numbers_add_up(release, known):
+    """No failure but those that are explained, and as many skipped tests named as counted."""
     run = RUNS[release]
     passed, skipped, failed = (sum(column) for column in zip(*run["counts"].values()))
     names = [name for names in run["skipped"].values() for name in names]
-    assert passed >= 160 and failed == len(run["failed"]) == 0
+    assert passed >= 160 and failed == len(run["failed"]) and set(run["failed"]) <= known
     assert len(names) == len(set(names)) == skipped
     assert run["transformers"] == release and run["commit"] and run["hardware"]
     exported = {name for name in names if name.startswith("test_torch_export")}
