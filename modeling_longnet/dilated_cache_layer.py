@@ -63,7 +63,7 @@ class Clock:
     of whatever a cache holds as through a tree, counting tensors and setting each attribute.
     """
 
-    __slots__ = ("__dict__", "layers", "rope")
+    __slots__ = ("__dict__", "layers", "rope", "schedule")
 
     def __init__(self, rope: tuple[str, int] | None = None):
         self.layers: list[DilatedLayer] = []

@@ -33,6 +33,13 @@ def _in_words(reason: str) -> str:
     return re.sub(r"<class '[\w.]*'>|LongNet\w+", "the model", first).strip().rstrip(".").replace("|", "/")
 
 
+def _gist(reason: str) -> str:
+    """The line of a traceback that says what was wrong, which is another process's where ranks have failed."""
+    lines = reason.splitlines() or ["no reason given"]
+    said = [line for line in lines if re.match(r"(\w+\.)*\w*Error: ", line)]
+    return (said or lines)[-1 if said else 0].replace("|", "/")
+
+
 def summary(path: Path) -> dict:
     """Counts by the class that brings the tests, [passed, skipped, failed], and what did not simply pass."""
     counts, skipped, failed, again, subtests = defaultdict(lambda: [0, 0, 0]), defaultdict(list), {}, {}, 0
@@ -43,9 +50,9 @@ def summary(path: Path) -> dict:
         if outcome == "skipped":
             skipped[_in_words(reason)].append(name)
         elif outcome == "failed":
-            failed[name] = reason.splitlines()[0]
+            failed[name] = _gist(reason)
         elif len(runs) > 1:
-            again[name] = f"{runs[0]['reason'].splitlines()[0]} ({len(runs) - 1} of {len(runs)} runs)"
+            again[name] = f"{_gist(runs[0]['reason'])} ({len(runs) - 1} of {len(runs)} runs)"
     return {
         "counts": dict(sorted(counts.items())),
         "subtests_passed": subtests,
