@@ -44,8 +44,9 @@ def operator_arguments(
 ) -> dict:
     """The operator's arguments besides the tensors; `attention_mask` are the document ids [B, N] of the keys."""
     config = module.config
-    schedule = DilationSchedule.from_config(config)
-    memory = None if schedule.memory is None else schedule.of_layer(module.layer_idx).memory
+    memory = None
+    if getattr(config, "memory", None) is not None:  # asked first: a forward that is compiled makes no schedules
+        memory = DilationSchedule.from_config(config).of_layer(module.layer_idx).memory
     return {
         "segment_lengths": config.segment_lengths,
         "dilation_rates": config.dilation_rates,
