@@ -175,7 +175,7 @@ def choose_backend(backend: str | None, query: torch.Tensor, dropout: float) -> 
     """
     if backend is None:
         return next(name for name in ("flash_attention_2", "sdpa", "eager") if not why_not(name, query, dropout))
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
     reason = why_not(backend, query, dropout)
     if reason:

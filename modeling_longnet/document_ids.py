@@ -96,7 +96,9 @@ def _check_attention_mask(
 
 
 def check_position_ids(position_ids: torch.Tensor | None, batch_size: int, query_length: int) -> None:
-    """Refuses positions of another shape than [B, Q] or [1, Q]."""
+    """Refuses positions of another shape than [B, Q] or [1, Q], and what is no tensor."""
+    if position_ids is not None and not isinstance(position_ids, torch.Tensor):
+        raise ValueError(f"`position_ids` must be a tensor, got {position_ids!r}.")
     if position_ids is not None and tuple(position_ids.shape) not in ((1, query_length), (batch_size, query_length)):
         raise ValueError(
             f"`position_ids` must have shape {(batch_size, query_length)}, got {tuple(position_ids.shape)}."

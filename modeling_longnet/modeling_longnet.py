@@ -558,7 +558,11 @@ class LongNetForCausalLM(LongNetLanguageModelHead, LongNetPreTrainedModel, Check
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = logits_to_keep
+        if isinstance(kept, (int, torch.SymInt)) and kept >= 0:
+            kept = slice(-kept, None)
+        elif not isinstance(kept, torch.Tensor) or kept.dim() != 1:
+            raise ValueError(f"`logits_to_keep` must be a count of last tokens, or their indices [n], got {kept!r}.")
         hidden_states = outputs.last_hidden_state[:, kept, :]
         loss, logits = self.loss_and_logits(hidden_states, labels, skip_logits, **kwargs)
 

@@ -76,13 +76,17 @@ def why_unbounded(model: PreTrainedModel) -> str | None:
         calls = probe_attention(model, use_cache=True, **named_cache(cache)).calls
     except ValueError as error:
         return " ".join(str(error.__cause__ or error).split())[:200]
-    dilated = {layer.layer_idx for layer in cache.dilated_layers}
+    dilated = {layer.layer_idx: layer.heads_per_key for layer in cache.dilated_layers}
     for call in calls:
         index = call.module.layer_idx
-        if index in dilated and call.cache_layer != index:
-            if call.cache_layer is None:
-                return f"layer {index} changes the keys that come from the cache"
+        if index not in dilated:
+            continue
+        if call.cache_layer is None:
+            return f"layer {index} changes the keys that come from the cache"
+        if call.cache_layer != index:
             return f"layer {index} reads the keys of layer {call.cache_layer}"
+        if call.num_heads != call.key_shape[1] * dilated[index]:
+            return f"layer {index} has {call.key_shape[1]} heads of keys, its configuration tells of another number"
     return None
 
 

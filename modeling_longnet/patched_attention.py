@@ -391,6 +391,15 @@ def head_slice(module: torch.nn.Module, num_heads: int) -> tuple[int, int]:
     )
 
 
+def _heads_problem(module: torch.nn.Module, num_heads: int) -> str | None:
+    try:
+        head_slice(module, num_heads)
+    except (ValueError, AttributeError):
+        total = getattr(module.config, "num_attention_heads", None)
+        return f"it has {num_heads} heads, its configuration tells of {total}"
+    return None
+
+
 def _patched_settings(module: torch.nn.Module) -> dict:
     settings = getattr(module.config, "dilated_attention", None)
     if settings is None:
@@ -625,6 +634,8 @@ def make_attention_function(original: str) -> Callable:
             reason = unsupported_reason(module, query, key, value, kwargs)
             if reason is None and attention_mask is not None and not is_compact_mask(attention_mask):
                 reason = "it is given a mask of pairs that the model makes by itself"
+            if reason is None:
+                reason = _heads_problem(module, query.shape[1])
             if reason is None and getattr(kwargs.get("position_ids"), "ndim", 2) != 2:
                 reason = "its `position_ids` have several axes, which do not tell where a document begins"
             cache_layer = getattr(getattr(key, "dilated_layer", None), "layer_idx", None)

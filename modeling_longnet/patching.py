@@ -171,7 +171,7 @@ def patch_model(
     schedule = DilationSchedule(
         segment_lengths, dilation_rates, True, head_offsets, overlap, num_sink_tokens, "mask", local, memory
     )
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
     rope_scaling = as_plain("rope_scaling", rope_scaling)
     base = _unwrap(model)

@@ -76,9 +76,9 @@ class TextStream:
             raise ValueError(f"`chunk_size` must be an integer of at least 1, got {given!r}.")
         if not hasattr(tokens, "__len__") or not hasattr(tokens, "__getitem__") or isinstance(tokens, (str, dict)):
             raise ValueError(f"`tokens` must be a tensor, an array or a list of integers, got {tokens!r}.")
-        shape = getattr(tokens, "shape", None)
-        if (shape is not None and len(shape) != 1) or len(tokens) < 2:
-            raise ValueError(f"`tokens` must be at least two, in one row, got {tuple(shape or (len(tokens),))}.")
+        shape = tuple(tokens.shape) if hasattr(tokens, "shape") else (len(tokens),)
+        if len(shape) != 1 or shape[0] < 2:
+            raise ValueError(f"`tokens` must be at least two, in one row, got {shape}.")
         rope = length_dependent_rope(text_config_of(model.config))
         if changes_frequencies(rope, min(chunk_size, len(tokens)), len(tokens)):
             raise ValueError(

@@ -86,18 +86,20 @@ def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
 
 
 def accept_cache(function: Callable) -> Callable:
-    """For functions with an argument `cache`: takes it by the other name as well, as models of this release do."""
-    if CACHE == "cache":  # 5.24: with a FutureWarning, and the new name wins where both are given
-        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+    """For functions with an argument `cache`: takes it by the other name as well, as models of this release do, and
+    refuses two caches under the two names, of which one would be lost."""
+    renamed = function
+    if CACHE == "cache":  # 5.24: with a FutureWarning
+        renamed = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
 
     @functools.wraps(function)
     def with_either_name(*args, **kwargs):
-        if "past_key_values" in kwargs:
+        if kwargs.get("cache") is not None and kwargs.get("past_key_values") is not None:
+            raise ValueError("`cache` and `past_key_values` are two names of one argument, got both.")
+        if CACHE != "cache" and "past_key_values" in kwargs:
             cache = kwargs.pop("past_key_values")
-            if kwargs.get("cache") is not None and cache is not None:
-                raise ValueError("`cache` and `past_key_values` are two names of one argument, got both.")
             kwargs["cache"] = cache if cache is not None else kwargs.get("cache")
-        return function(*args, **kwargs)
+        return renamed(*args, **kwargs)
 
     return with_either_name
 
@@ -191,6 +193,30 @@ def check_cache_reaches_model(
         )
 
 
+def refuse_lost_prompts(model, use_cache: bool) -> None:
+    """Refuses `generate` under an adapter of prompts whose PEFT does not know how this release calls the cache.
+
+    PEFT asks for the cache by the name `past_key_values`: under another one it puts its virtual tokens before each new
+    token again, or its prefix is dropped, without a word.
+
+    Args:
+        model: what `generate` runs on. use_cache: whether it is to use one.
+    """
+    peft_model = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    adapter = getattr(peft_model, "active_peft_config", None)
+    if CACHE == "past_key_values" or not getattr(adapter, "is_prompt_learning", False):
+        return
+    if f'"{CACHE}"' in inspect.getsource(type(peft_model).prepare_inputs_for_generation):
+        return
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    if use_cache or kind not in ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"):
+        raise ValueError(
+            f"`generate` would lose the prompts of this adapter ({kind}): the installed PEFT asks for the cache as "
+            f"`past_key_values`, which Transformers {transformers.__version__} calls `{CACHE}`. Use Transformers 5.23, "
+            "a newer PEFT, or LoRA; a prompt-tuned model generates rightly with `use_cache=False`."
+        )
+
+
 class CheckedGenerationMixin(GenerationMixin):
     """`generate` with a cache of the model's own, which verifies that the cache that it prepares is the one read."""
 
@@ -201,6 +227,7 @@ class CheckedGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        refuse_lost_prompts(self, generation_config.use_cache is not False)
         for name in CACHE_NAMES:  # the other release's name, which `generate` of this one leaves among the rest
             if name != CACHE and name in model_kwargs:
                 model_kwargs[CACHE] = model_kwargs.pop(name)
@@ -219,6 +246,7 @@ class CheckedGenerationMixin(GenerationMixin):
 def _prepare_instance_cache(
     model, prepare_own_cache, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
 ):
+    refuse_lost_prompts(model, generation_config.use_cache is not False)
     if not prepare_own_cache(model, generation_config, model_kwargs, max_cache_length):
         getattr(type(model), _PREPARE_CACHE)(
             model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -251,7 +279,7 @@ def length_dependent_rope(config) -> tuple[str, int] | None:
     parameters = getattr(config, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)
     scaling = (getattr(config, "dilated_attention", None) or {}).get("rope_scaling") or {}
-    parameters = {**parameters, **scaling}
+    parameters = {**(parameters or {}), **scaling}  # a layer type without rotary positions has None
     kind = scaling.get("rope_type", scaling.get("type")) or parameters.get("rope_type") or ""
     if kind != "longrope":
         return ("dynamic", config.max_position_embeddings) if "dynamic" in kind else None
@@ -464,6 +492,7 @@ __all__ = [
     "merge_with_config_defaults",
     "named_cache",
     "passes_through_interface",
+    "refuse_lost_prompts",
     "refuse_unread",
     "register_class_names",
     "release",

@@ -184,21 +184,28 @@ def judge_model(model: PreTrainedModel, family: str) -> tuple[str, str]:
 
 
 def judge(model_type: str) -> tuple[str, str]:
-    """The verdict on a family, or ("not built", why)."""
-    try:
-        model = make_tiny(model_type, families()[model_type])
-        model.generation_config.eos_token_id = None
-        generate(model, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long), 2)
-    except Exception as error:
-        return "not built", _first_line(error)
-    return judge_model(model, model_type)
+    """The verdict on a family, as a composite model if it is one and else as a causal one, or ("not built", why)."""
+    why = ""
+    for auto_class in families()[model_type]:
+        try:
+            model = make_tiny(model_type, auto_class)
+            model.generation_config.eos_token_id = None
+            generate(model, torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long), 2)
+        except Exception as error:
+            why = why or _first_line(error)
+        else:
+            return judge_model(model, model_type)
+    return "not built", why
 
 
-def families() -> dict[str, str]:
-    """Model type to Auto class, of all causal and composite language models."""
+def families() -> dict[str, list[str]]:
+    """Model type to names of Auto classes, of all composite and causal language models."""
     ours = vars(sys.modules["modeling_longnet"])
-    causal = {family: "AutoModelForCausalLM" for family, name in causal_lm_class_names().items() if name not in ours}
-    return composite_families() | causal
+    found = {family: [name] for family, name in composite_families().items()}
+    for family, name in causal_lm_class_names().items():
+        if name not in ours:
+            found.setdefault(family, []).append("AutoModelForCausalLM")
+    return found
 
 
 def kind_of(text: str) -> str:
@@ -231,7 +238,8 @@ def write(path: Path, text: str) -> None:
     if BEGIN not in document or END not in document:
         raise ValueError(f"`--write` wants a file with the lines {BEGIN.strip()} and {END.strip()}, got {path}.")
     releases = f"Transformers {transformers.__version__}, PyTorch {torch.__version__.partition('+')[0]}"
-    head = f"({releases}, CPU, {datetime.date.today():%d %B %Y}; `python tests/family_sweep.py --write {path.name}`)\n\n"
+    today = f"{datetime.date.today():%d %B %Y}"
+    head = f"({releases}, CPU, {today}; `python tests/family_sweep.py --write docs/{path.name}`)\n\n"
     path.write_text(document[: document.index(BEGIN)] + BEGIN + head + text + document[document.index(END) :])
 
 

@@ -325,8 +325,9 @@ def test_bad_arguments_are_named(arguments, said):
         (lambda q, k, v: (q.half(), k, v), "float16"),
         (lambda q, k, v: (q.long(), k.long(), v.long()), "int64"),
         (lambda q, k, v: (q.to("meta"), k, v), "meta"),
+        (lambda q, k, v: (q, 3, v), "`key` must be a tensor, got 3"),
     ],
-    ids=["dimensions", "value-shape", "head-dim", "heads", "dtypes", "integers", "devices"],
+    ids=["dimensions", "value-shape", "head-dim", "heads", "dtypes", "integers", "devices", "no-tensor"],
 )
 def test_bad_tensors_are_named(change, said):
     with pytest.raises(ValueError, match=said):

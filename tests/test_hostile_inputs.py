@@ -76,6 +76,12 @@ REFUSED = {
         lambda s: LongNetConfig(segment_lengths=[8, 16], dilation_rates=[1])),
     "an unknown kind of positions": (ValueError, "'alibi'", lambda s: LongNetConfig(position_embedding_type="alibi")),
     "token ids beyond the vocabulary": (IndexError, "out of range", lambda s: s.logits(torch.tensor([[5, 61]]))),
+    "no count of logits": (
+        ValueError, "`logits_to_keep`.*got None", lambda s: s.logits(s.ids, logits_to_keep=None)),
+    "a negative count of logits": (
+        ValueError, "`logits_to_keep`.*got -1", lambda s: s.logits(s.ids, logits_to_keep=-1)),
+    "positions that are no tensor": (
+        ValueError, "`position_ids` must be a tensor", lambda s: s.logits(s.ids, position_ids={})),
     "negative token ids": (IndexError, "out of range", lambda s: s.logits(torch.tensor([[5, -1]]))),
     "token ids that are no integers": (RuntimeError, "Long, Int", lambda s: s.logits(s.ids.float())),
     "a row without its batch": (ValueError, r"`input_ids` must be a batch.*\(40,\)", lambda s: s.logits(s.ids[0])),

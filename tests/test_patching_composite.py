@@ -81,8 +81,9 @@ def test_the_text_part_alone_is_patched(family, model):
     assert model.config.text_config.dilated_attention["segment_lengths"] == [8, 32]
     assert not hasattr(model.config, "dilated_attention") and set(TAGS) <= set(model.model_tags)
     assert not text_part(model).config.to_dict().keys() & {"auto_map"}
-    others = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "config", None), "dilated_attention", None)}
-    assert others and not any("Vision" in name or "CLIP" in name for name in others)
+    modules = [module for module in model.modules() if hasattr(module, "config")]
+    patched = {type(module).__name__ for module in modules if hasattr(module.config, "dilated_attention")}
+    assert patched and not any("Vision" in name or "CLIP" in name for name in patched)
 
 
 def test_with_a_picture_patched_is_original_on_short_input_and_the_definition_on_long(model, batch):

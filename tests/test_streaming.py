@@ -162,8 +162,12 @@ def test_caches_that_cannot_be_saved_are_refused(tmp_path):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`chunk_size`"):
         stream_loss(make_model(), make_text(), chunk_size=0)
-    with pytest.raises(ValueError, match="`tokens`"):
-        stream_loss(make_model(), make_text(1))
+    for tokens in (make_text(1), make_text().float(), make_text()[None], 3, None, torch.tensor(3), ["a", "b"], "text"):
+        with pytest.raises(ValueError, match="`tokens`"):
+            stream_loss(make_model(), tokens, progress=False)
+    for save_every in (0, None, 1.5):
+        with pytest.raises(ValueError, match="`save_every`"):
+            stream_loss(make_model(), make_text(), save_every=save_every, progress=False)
 
 
 def test_the_example_streams_and_resumes_to_the_same_bits(tmp_path):

@@ -182,6 +182,33 @@ def test_the_cache_is_taken_by_either_name(model_class, name):
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_two_caches_under_the_two_names_are_refused():
+    model, ids = LongNetForCausalLM(tiny_config()).eval(), torch.randint(3, 61, (1, 5))
+    caches = {name: DynamicCache(config=model.config) for name in CACHE_NAMES}
+    with pytest.raises(ValueError, match="two names of one argument, got both"):
+        model(ids, **caches)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])
+def test_prompts_of_an_adapter_are_read_or_refused_in_generation(kind):
+    """PEFT looks for the cache by the name of its own time: where it finds none, it would lose the prompts."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(LongNetForCausalLM(tiny_config(initializer_range=0.15)), config).eval()
+    torch.nn.init.normal_(next(model.prompt_encoder.parameters()))
+    ids = torch.randint(3, 61, (2, 20))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for use_cache in (True, False) if kind == "PromptTuning" else (True,):
+        try:
+            tokens = model.generate(input_ids=ids, use_cache=use_cache, **options)
+        except ValueError as error:
+            assert use_cache and CACHE == "cache" and "would lose the prompts of this adapter" in str(error)
+            continue
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, -tokens.shape[1] :]
+        assert torch.equal(logits[:, 19:-1].argmax(-1), tokens[:, 20:])
+
+
 def test_the_old_name_warns_where_upstream_does():
     model, ids = LongNetForCausalLM(tiny_config()).eval(), torch.randint(3, 61, (1, 5))
     with warnings.catch_warnings(record=True) as noted:

@@ -21,7 +21,8 @@ FIELDS = {
         ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads",
          "num_decoder_attention_heads", "num_encoder_attention_heads", "index_n_heads", "linear_num_value_heads",
          "linear_num_heads", "swa_num_attention_heads"), HEADS),
-    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "n_kv_heads", "swa_num_key_value_heads"), HEADS // 2),
+    **dict.fromkeys(
+        ("num_key_value_heads", "linear_num_key_heads", "n_kv_heads", "swa_num_key_value_heads"), HEADS // 2),
     **dict.fromkeys(
         ("head_dim", "attention_head_dim", "v_head_dim", "qk_nope_head_dim", "q_lora_rank", "kv_lora_rank",
          "linear_key_head_dim", "linear_value_head_dim", "index_head_dim", "dim_head", "kv_channels",
@@ -40,7 +41,8 @@ FIELDS = {
     **dict.fromkeys(
         ("max_position_embeddings", "n_positions", "n_ctx", "max_source_positions", "max_target_positions"), POSITIONS),
     **dict.fromkeys(
-        ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout"), 0),
+        ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+         "resid_dropout"), 0),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"), 1),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 2 * WIDTH // (WIDTH // HEADS)),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 8),
