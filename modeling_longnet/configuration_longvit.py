@@ -130,6 +130,11 @@ class LongViTConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: what the fields must satisfy together."""
+        for name in ("is_causal", "overlap", "num_sink_tokens", "local", "position_embedding_type"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"`{name}` of a LongViT is {getattr(type(self), name)!r}, got {getattr(self, name)!r}."
+                )
         for name in ("image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size",
                      "num_hidden_layers", "num_attention_heads"):  # fmt: skip
             if not getattr(self, name) > 0:

@@ -179,7 +179,8 @@ def test_bad_pixels_are_refused(shape):
     [({"patch_size": 64}, "`image_size`"), ({"num_attention_heads": 5}, "multiple of `num_attention_heads`"),
      ({"num_channels": 0}, "`num_channels`"), ({"segment_lengths": [16]}, "dilation_rates"),
      ({"pooler_norm_eps": 0.0}, "`pooler_norm_eps`"), ({"hidden_dropout": 1.0}, "`hidden_dropout`"),
-     ({"hidden_act": "nope"}, "`hidden_act`")],
+     ({"hidden_act": "nope"}, "`hidden_act`"), ({"is_causal": True}, "`is_causal` of a LongViT is False"),
+     ({"overlap": "once"}, "`overlap` of a LongViT")],
 )  # fmt: skip
 def test_bad_configurations_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
