@@ -4,6 +4,7 @@ Letters: B batch, H query heads, G key/value heads (H % G == 0), N tokens of the
 dimension, w segment length, r dilation rate.
 """
 
+import numbers
 import re
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, 
 from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
 from .dilated_attention_reference import dilated_attention_reference, document_positions
 from .dilation_plan import plan_blocks
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, as_integer
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
@@ -185,6 +186,12 @@ def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale
     return out, lse
 
 
+def _as_integers(*values: object) -> list[object]:
+    """NumPy's integers as Python's; all else, what is no integer included, as it is."""
+    kept = (int, torch.SymInt, torch.Tensor)
+    return [x if isinstance(x, kept) or as_integer(x) is None else as_integer(x) for x in values]
+
+
 def _check_types(query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads):
     for name, x, may_miss in (("query", query, False), ("key", key, False), ("value", value, False),
                               ("document_ids", document_ids, True)):  # fmt: skip
@@ -197,7 +204,7 @@ def _check_types(query, key, value, document_ids, query_offset, scale, dropout, 
         if not isinstance(x, (int, torch.SymInt)) and (x is not None or name == "head_index_offset"):
             raise ValueError(f"`{name}` must be an integer, got {x!r}.")
     for name, x in (("scale", scale), ("dropout", dropout)):
-        if not isinstance(x, (int, float, torch.SymFloat)) and (x is not None or name == "dropout"):
+        if not isinstance(x, (numbers.Real, torch.SymFloat)) and (x is not None or name == "dropout"):
             raise ValueError(f"`{name}` must be a number, got {x!r}.")
 
 
@@ -306,6 +313,7 @@ def dilated_attention(
         tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
         is_causal, head_offsets, overlap, num_sink_tokens, padding, local, memory,
     )  # fmt: skip
+    query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
     _check_types(
         query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
     )  # fmt: skip
