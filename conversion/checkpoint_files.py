@@ -182,7 +182,7 @@ def on_meta_device(architecture: type[PreTrainedModel], config: PreTrainedConfig
     try:
         with torch.device("meta"):
             return architecture(config)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: asks for sizes that no tensor can have ({str(error).splitlines()[0]}).") from None
 
 

@@ -4,6 +4,7 @@ Letters: B batch, H query heads, G key/value heads (H % G == 0), N tokens of the
 dimension, w segment length, r dilation rate.
 """
 
+import math
 import numbers
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, 
 from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
 from .dilated_attention_reference import dilated_attention_reference, document_positions
 from .dilation_plan import plan_blocks
-from .dilation_schedule import DilationSchedule, as_integer
+from .dilation_schedule import LARGEST, DilationSchedule, as_integer
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
@@ -206,6 +207,8 @@ def _check_types(query, key, value, document_ids, query_offset, scale, dropout, 
     for name, x in (("scale", scale), ("dropout", dropout)):
         if not isinstance(x, (numbers.Real, torch.SymFloat)) and (x is not None or name == "dropout"):
             raise ValueError(f"`{name}` must be a number, got {x!r}.")
+        if isinstance(x, float) and not math.isfinite(x):
+            raise ValueError(f"`{name}` must be a finite number, got {x!r}.")
 
 
 def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads):
@@ -239,7 +242,8 @@ def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"`dropout` must be at least 0 and below 1, got {dropout}.")
     total = query.shape[1] if total_num_heads is None else total_num_heads
-    if head_index_offset < 0 or head_index_offset + query.shape[1] > total and total_num_heads is not None:
+    end = head_index_offset + query.shape[1]
+    if head_index_offset < 0 or end > LARGEST or total > LARGEST or end > total and total_num_heads is not None:
         raise ValueError(
             f"`head_index_offset` must place {query.shape[1]} heads among `total_num_heads`, got {head_index_offset} "
             f"and {total_num_heads}."
@@ -325,6 +329,8 @@ def dilated_attention(
     if backend != "eager":
         refuse_tangents(backend, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # the kernels hide by -inf before they scale
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     if memory is not None:
         if elsewhere is not None:
             raise ValueError("`memory` does not read keys that lie on other ranks: no sequence parallelism yet.")

@@ -18,6 +18,9 @@ PADDINGS = ("mask", "zeros")
 LOCALS = ("segment", "sliding")
 
 
+LARGEST = 2**62  # what tensors can count with
+
+
 def as_integer(value: object) -> int | None:
     """A Python integer out of any kind of one (NumPy's, a tensor's), or None for what is none."""
     if isinstance(value, int):
@@ -50,7 +53,7 @@ def _check_integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
         raise ValueError(f"`{name}` must be a list of integers, got {values!r}.")
     given = list(values)
     values = [as_integer(value) for value in given]
-    if not values or any(v is None or v < 1 for v in values):
+    if not values or any(v is None or not 1 <= v <= LARGEST for v in values):
         raise ValueError(f"`{name}` must be a non-empty list of positive integers, got {given!r}.")
     if any(later < earlier for earlier, later in zip(values, values[1:])):
         raise ValueError(f"`{name}` must not decrease from one pattern to the next, got {list(values)!r}.")
@@ -130,7 +133,7 @@ class DilationSchedule:
         _check_choice("padding", self.padding, PADDINGS)
         _check_choice("local", self.local, LOCALS)
         sinks = as_integer(self.num_sink_tokens)
-        if sinks is None or sinks < 0:
+        if sinks is None or not 0 <= sinks <= LARGEST:
             raise ValueError(f"`num_sink_tokens` must be an integer of at least 0, got {self.num_sink_tokens!r}.")
         object.__setattr__(self, "num_sink_tokens", sinks)
         if self.padding == "zeros" and (self.is_causal or self.overlap == "once" or sinks):

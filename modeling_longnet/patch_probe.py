@@ -138,6 +138,7 @@ def choose_layers(
         chosen = [index for index in reasons if layers(index)]
     else:
         is_list = isinstance(layers, Iterable) and not isinstance(layers, (str, Mapping))
+        is_list = is_list and getattr(layers, "ndim", 1) == 1
         given = list(layers) if is_list else []
         wrong = [i for i in given if (index := as_integer(i)) is None or not -count <= index < count]
         if wrong or not is_list:

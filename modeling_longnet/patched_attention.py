@@ -177,6 +177,9 @@ def _padding_ids(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
 
 def _check_width(attention_mask: torch.Tensor, end: int | torch.Tensor, room: int, new: int | None) -> None:
     """Refuses a 2-D mask that does not end with the queries, at `end`, or in a static cache's room, or has no `new`."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        got = f"shape {tuple(attention_mask.shape)}" if hasattr(attention_mask, "shape") else repr(attention_mask)
+        raise ValueError(f"`attention_mask` must be a 2-D mask [B, N], got {got}.")
     width = attention_mask.shape[1]
     if torch.compiler.is_compiling() or width in (room, new) or (width < room and width >= int(end)):
         return

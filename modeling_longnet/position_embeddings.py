@@ -70,7 +70,7 @@ class LongNetXposRotaryEmbedding(nn.Module):
         angles = centred * frequencies
         cos, sin = angles.cos() * factor, angles.sin() * factor
         pairs = torch.arange(0, width, 2, device=x.device, dtype=torch.float)
-        scale = ((pairs + 0.4 * width) / (1.4 * width)) ** (centred / self.config.xpos_scale_base)
+        scale = ((pairs + 0.4 * width) / (1.4 * width)) ** (centred / float(self.config.xpos_scale_base))
         return tuple(table.repeat_interleave(2, dim=-1) for table in (cos, sin, scale))
 
 

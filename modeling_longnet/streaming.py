@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .dilated_cache import DilatedCache
 from .dilated_cache_file import load_cache, save_cache
-from .dilation_schedule import as_integer
+from .dilation_schedule import LARGEST, as_integer
 from .transformers_compat import changes_frequencies, length_dependent_rope, named_cache, text_config_of
 
 
@@ -72,7 +72,7 @@ class TextStream:
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int], chunk_size: int = 4096):
         given, chunk_size = chunk_size, as_integer(chunk_size)
-        if chunk_size is None or chunk_size < 1:
+        if chunk_size is None or not 1 <= chunk_size <= LARGEST:
             raise ValueError(f"`chunk_size` must be an integer of at least 1, got {given!r}.")
         if not hasattr(tokens, "__len__") or not hasattr(tokens, "__getitem__") or isinstance(tokens, (str, dict)):
             raise ValueError(f"`tokens` must be a tensor, an array or a list of integers, got {tokens!r}.")

@@ -110,9 +110,13 @@ def test_unread_offsets_are_those_that_no_head_has():
 
 
 def test_sizes_that_nobody_has_are_no_wait():
-    """A configuration of the Hub that names 10**20 heads and offsets is read, or refused, at once."""
-    tiny_config(num_attention_heads=10**20, head_dim=8, segment_lengths=[8, 10**20], dilation_rates=[1, 10**19],
-                position_embedding_type="rope")  # fmt: skip
+    """A configuration of the Hub that names 10**18 heads and offsets is read at once, and a larger one is refused."""
+    fields = {"num_attention_heads": 10**18, "head_dim": 8, "position_embedding_type": "rope"}
+    tiny_config(**fields, segment_lengths=[8, 10**18], dilation_rates=[1, 10**17])
+    with pytest.raises(ValueError, match="`segment_lengths`"):
+        tiny_config(**fields, segment_lengths=[8, 10**20], dilation_rates=[1, 4])
+    with pytest.raises(ValueError, match="`num_sink_tokens`"):
+        tiny_config(num_sink_tokens=10**20)
 
 
 def test_settings_without_effect_are_named(log):

@@ -383,3 +383,26 @@ def test_option_matrix_on_cuda(dtype, backend):
                 error,
                 allowed,
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0, 0.0, -0.5])
+def test_a_scale_that_is_not_positive_is_a_scale(scale, dtype):
+    """PyTorch's CPU kernel hides keys by -inf before it scales, and would give NaN."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 2, 41, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    found = dilated_attention(*tensors, [4, 100], [1, 4], scale=scale, backend="sdpa")
+    wanted = dilated_attention_reference(*wide, [4, 100], [1, 4], scale=scale)
+    weight = torch.randn_like(wanted)
+    found_grads = torch.autograd.grad((found * weight.to(dtype)).sum(), tensors)
+    wanted_grads = torch.autograd.grad((wanted * weight).sum(), wide)
+    tolerance = 1e-9 if dtype == torch.float64 else 0.15
+    for one, other in zip((found, *found_grads), (wanted, *wanted_grads)):
+        torch.testing.assert_close(one.double(), other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "0.5", torch.ones(2)], ids=str)
+def test_what_is_no_scale_is_refused(scale):
+    with pytest.raises(ValueError, match="`scale` must be"):
+        dilated_attention(*query_key_value(), [8, 16], [1, 2], scale=scale)

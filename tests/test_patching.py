@@ -263,6 +263,8 @@ def test_masks_and_positions_of_another_length_are_refused(patched, input_ids, n
         with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(2, 45\)"):
             mask = torch.ones(2, length)
             patched(input_ids=input_ids[:, -(new or 45) :], attention_mask=mask, **named_cache(cache))
+    with pytest.raises(ValueError, match=r"`attention_mask` must be a 2-D mask \[B, N\], got shape \(45,\)"):
+        patched(input_ids=input_ids, attention_mask=torch.ones(45))
     with pytest.raises(ValueError, match="`position_ids` must have shape"):
         patched(input_ids=input_ids, position_ids=torch.zeros(1, 1, dtype=torch.long))
 

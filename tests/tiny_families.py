@@ -112,7 +112,7 @@ COMPOSITES: dict[str, dict] = {
     "qwen2_5_vl": {"mrope_section": [2, 1, 1],
                    "vision_config": {"out_hidden_size": WIDTH, "window_size": 64, "fullatt_block_indexes": [1]}},
     "glm4v_moe": {"mrope_section": [1, 1, 0]},
-    "fuyu": {"text_config": {**TINY_LLAMA, "model_type": "persimmon"}},
+    "fuyu": {"text_config": {**TINY_LLAMA, "model_type": "persimmon", "num_key_value_heads": HEADS}},
     "gemma3": {"text_config": SLIDING},
     "paligemma": {"text_config": {**TINY_LLAMA, "model_type": "gemma"}},
 }  # fmt: skip
