@@ -82,7 +82,7 @@ WRONG = [
     ("dilation_rates", [[True, 4], np.array([True, True])]),
     ("num_sink_tokens", [np.float64(2), np.bool_(True), None]),
     ("layers", [np.array([0.0]), 1, "01", [np.bool_(True)], np.array([5]), {0: 1}]),
-    ("rope_scaling", [{"rope_type": "yarn", "factor": x} for x in (object(), {1})] + [np.float32(4), [4.0]]),
+    ("rope_scaling", [{"rope_type": "yarn", "factor": x} for x in (len, {1})] + [np.float32(4), [4.0]]),
     ("backend", ["fast", 1]),
     ("local", [np.int64(1)]),
 ]
