@@ -207,7 +207,7 @@ def _check_types(query, key, value, document_ids, query_offset, scale, dropout, 
     for name, x in (("scale", scale), ("dropout", dropout)):
         if not isinstance(x, (numbers.Real, torch.SymFloat)) and (x is not None or name == "dropout"):
             raise ValueError(f"`{name}` must be a number, got {x!r}.")
-        if isinstance(x, float) and not math.isfinite(x):
+        if isinstance(x, float) and not torch.compiler.is_compiling() and not math.isfinite(x):
             raise ValueError(f"`{name}` must be a finite number, got {x!r}.")
 
 

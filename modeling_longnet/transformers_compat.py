@@ -328,7 +328,7 @@ def head_of_composite(path_or_repo, auto_class: type, **kwargs) -> type:
 
     What says so is the class that was saved; text parts, which the same configuration can make, are left alone.
     """
-    if auto_class is not transformers.AutoModelForCausalLM:
+    if auto_class is not transformers.AutoModelForCausalLM or kwargs.get("gguf_file"):  # those hold a text part alone
         return auto_class
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(

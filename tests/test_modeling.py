@@ -605,7 +605,7 @@ def test_public_names_are_frozen():
         "LongNetForMaskedLM", "LongNetForQuestionAnswering", "LongNetForSequenceClassification",
         "LongNetForTokenClassification", "LongNetModel", "LongNetPreTrainedModel", "LongNetSlideEncoderConfig",
         "LongNetSlideEncoderForImageClassification", "LongNetSlideEncoderModel", "LongViTConfig",
-        "LongViTForImageClassification", "LongViTModel", "__version__", "dilated_attention",
+        "LongViTForImageClassification", "LongViTModel", "__version__", "calibrate_memory", "dilated_attention",
         "dilated_attention_reference",
         "export_patched_model", "is_patched", "load_patched_model", "make_model_card", "patch_model", "unpatch_model",
     }  # fmt: skip

@@ -28,7 +28,8 @@ from modeling_longnet.sequence_parallel import SequenceParallel
 from modeling_longnet.transformers_compat import named_cache
 
 
-FIELDS = [field.name for field in fields(DilationSchedule)]
+# A memory has a definition, settings and tests of its own: test_memory.py and test_memory_patch.py.
+FIELDS = [field.name for field in fields(DilationSchedule) if field.name != "memory"]
 # One change of each option from its default; `padding` and `is_causal` come together.
 CAUSAL = {
     "segment_lengths": {"segment_lengths": [4, 24, 24], "dilation_rates": [1, 3, 4]},
@@ -53,6 +54,7 @@ def test_every_option_is_told_everywhere():
     and an argument of the operator and of its definition."""
     assert set(FIELDS) <= set(LongNetConfig.__annotations__)
     assert set(FIELDS) - {"is_causal", "padding"} <= set(SETTINGS) & set(inspect.signature(patch_model).parameters)
+    assert "memory" in {*LongNetConfig.__annotations__} & {*inspect.signature(patch_model).parameters}
     for function in (dilated_attention, dilated_attention_reference):
         assert set(FIELDS) <= set(inspect.signature(function).parameters)
     model = LongNetForCausalLM(tiny_config())
