@@ -53,6 +53,8 @@ def query_extent(
 
 def holds_pairs(attention_mask: torch.Tensor | None) -> bool:
     """Whether it says who may look at whom, bool or floats [B, 1, Q, N]; document ids are integers."""
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"`attention_mask` must be a tensor, got {attention_mask!r}.")
     if attention_mask is None or attention_mask.dim() != 4:
         return False
     return attention_mask.dtype == torch.bool or attention_mask.is_floating_point()

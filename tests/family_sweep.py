@@ -190,7 +190,9 @@ def judge(model_type: str) -> tuple[str, str]:
         try:
             model = make_tiny(model_type, auto_class)
             model.generation_config.eos_token_id = None
-            generate(model, torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long), 2)
+            ones = torch.ones(2, 4, dtype=torch.long)
+            generate(model, ones, ones, 2)
+            logits(model, ones)
         except Exception as error:
             why = why or _first_line(error)
         else:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,6 +81,8 @@ REFUSED = {
         ValueError, "`logits_to_keep`.*got None", lambda s: s.logits(s.ids, logits_to_keep=None)),
     "a negative count of logits": (
         ValueError, "`logits_to_keep`.*got -1", lambda s: s.logits(s.ids, logits_to_keep=-1)),
+    "a mask that is no tensor": (
+        ValueError, "`attention_mask` must be a tensor", lambda s: s.logits(s.ids, attention_mask=np.ones((B, N)))),
     "positions that are no tensor": (
         ValueError, "`position_ids` must be a tensor", lambda s: s.logits(s.ids, position_ids={})),
     "negative token ids": (IndexError, "out of range", lambda s: s.logits(torch.tensor([[5, -1]]))),
