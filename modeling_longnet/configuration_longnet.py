@@ -228,8 +228,8 @@ class LongNetConfig(PreTrainedConfig):
     def _check_sizes(self):
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in (*names, "num_key_value_heads", "max_position_embeddings", "xpos_scale_base"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
         if self.mlp_chunk_size is not None and self.mlp_chunk_size < 1:
             raise ValueError(f"`mlp_chunk_size` must be None or at least 1 token, got {self.mlp_chunk_size}.")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -250,8 +250,8 @@ class LongNetConfig(PreTrainedConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be an activation that Transformers knows, got {self.hidden_act!r}.")
-        if not self.layer_norm_eps > 0:
-            raise ValueError(f"`layer_norm_eps` must be positive, got {self.layer_norm_eps}.")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"`layer_norm_eps` must be positive and finite, got {self.layer_norm_eps}.")
         for name in ("attention_dropout", "hidden_dropout", "activation_dropout", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")

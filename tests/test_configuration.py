@@ -109,6 +109,13 @@ def test_unread_offsets_are_those_that_no_head_has():
             assert set(schedule.unread_offsets(heads).get(rate, ())) == missing
 
 
+@pytest.mark.parametrize("name", ["layer_norm_eps", "xpos_scale_base"])
+def test_infinite_numbers_are_refused(name):
+    """JSON has no name for them that every reader knows."""
+    with pytest.raises(ValueError, match=f"`{name}` must be positive and finite, got inf"):
+        tiny_config(**{name: float("inf")})
+
+
 def test_sizes_that_nobody_has_are_no_wait():
     """A configuration of the Hub that names 10**18 heads and offsets is read at once, and a larger one is refused."""
     fields = {"num_attention_heads": 10**18, "head_dim": 8, "position_embedding_type": "rope"}
