@@ -33,7 +33,7 @@ REFUSED = {
     "bart": "BartForCausalLM .*lets tokens see later ones",
     "falcon": "FalconForCausalLM .*AttentionInterface",
     "hy_v4": "HYV4ForCausalLM .*its forward of two tokens with dilated attention fails",
-    "inkling2_text": "Inkling2ForCausalLM .*has the `layer_idx` None",
+    "inkling2_text": "Inkling2ForCausalLM .*(has the `layer_idx` None|.*attention sinks)",
     "git": "GitForCausalLM .*its forward of two tokens with dilated attention fails",
 }
 
