@@ -189,7 +189,7 @@ def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale
 
 def _as_integers(*values: object) -> list[object]:
     """NumPy's integers as Python's; all else, what is no integer included, as it is."""
-    kept = (int, torch.SymInt, torch.Tensor)
+    kept = (int, torch.SymInt, torch.Tensor, type(None))  # PyTorch 2.11 cannot compile what asks others
     return [x if isinstance(x, kept) or as_integer(x) is None else as_integer(x) for x in values]
 
 
