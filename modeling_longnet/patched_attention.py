@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from .dilated_attention import ELSEWHERE, dilated_attention
 from .dilated_attention_reference import document_positions
-from .dilated_cache_layer import DilatedLayer
+from .dilated_cache import DilatedCache
 from .document_ids import check_position_ids, reorder, restore_order
 from .memory_positions import anchor
 from .memory_spec import MemorySpec
@@ -481,34 +481,32 @@ def _angle_offset(layout: Layout, position_ids: torch.Tensor | None, batch: int,
 
 
 def run_bounded(
-    module, query, key, value, mask, settings: dict, layer: DilatedLayer, dropout, scaling, **kwargs
+    module, query, key, value, mask, settings: dict, bounded: DilatedCache, dropout, scaling, **kwargs
 ) -> torch.Tensor:
     """Dilated attention with a bounded cache: query [B, H, Q, D], key and value [B, G, Q, D] -> out [B, H, Q, D]."""
+    layer = bounded.layers[key.cache_layer]
     layer.awaited = False
     _refuse_unsupported(module, query, key, value, kwargs)
-    if dropout:
-        raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
     if layer.layer_idx != module.layer_idx:
         raise ValueError(
             f"layer {module.layer_idx} reads the keys of layer {layer.layer_idx}, which a bounded cache cannot share: "
             "pass `cache=DynamicCache(config=model.config)`."
         )
     ids, order = None, _chunk_order(mask, query.shape[2])
-    if layer.is_first:
+    if bounded.step is None:
         if mask is not None and not is_compact_mask(mask):
             raise ValueError(f"`attention_mask` must be a 2-D mask [B, N] in a patched model, got {tuple(mask.shape)}.")
         if mask is not None:
             ids = mask[:, 0, 0, -query.shape[2] :].long()
         if not torch.compiler.is_compiling():
-            layer.clock.check_model(module.config)
             if mask is not None and bool((mask[:, 0, 2] * (mask[:, 0, 3] + 1) > 0).all()):
-                layer.clock.check_earlier(mask[:, 0, 3, 0] + (mask[:, 0, 0, : -query.shape[2]] >= 0).sum(1))
+                bounded.check_earlier(mask[:, 0, 3, 0] + (mask[:, 0, 0, : -query.shape[2]] >= 0).sum(1))
             ids = ids if ids is not None and bool((ids < 0).any()) else None
             check_position_ids(kwargs.get("position_ids"), len(query), query.shape[2])
-            layer.clock.check_positions(kwargs.get("position_ids"), ids)
+            bounded.check_positions(kwargs.get("position_ids"), ids)
             _refuse_packing(kwargs.get("position_ids"), ids)
             _refuse_untold_packing(kwargs, False)
-            layer.clock.had_padding_behind |= order is not None
+            bounded.had_padding_behind |= order is not None
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
     if layer.schedule.memory is not None:
         _refuse_inner_padding(order)
@@ -520,9 +518,10 @@ def run_bounded(
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
         ids = None if ids is None else ids.gather(1, order)
-    out = layer.attend(
-        query, key, value, ids, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        backend=settings["backend"], head_index_offset=first_head, total_num_heads=total_heads,
+    out = bounded.attend(
+        layer.layer_idx, query, key, value, ids, config=module.config, dropout=dropout, backend=settings["backend"],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, head_index_offset=first_head,
+        total_num_heads=total_heads,
     )  # fmt: skip
     return out if order is None else restore_order(out, order, dim=2)
 
@@ -641,7 +640,7 @@ def make_attention_function(original: str) -> Callable:
                 reason = _heads_problem(module, query.shape[1])
             if reason is None and getattr(kwargs.get("position_ids"), "ndim", 2) != 2:
                 reason = "its `position_ids` have several axes, which do not tell where a document begins"
-            cache_layer = getattr(getattr(key, "dilated_layer", None), "layer_idx", None)
+            cache_layer = getattr(key, "cache_layer", None)
             shape = tuple(key.shape)
             probe.calls.append(AttentionCall(module, reason, query.shape[1], shape, key.itemsize, cache_layer, key[0]))
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
@@ -657,10 +656,10 @@ def make_attention_function(original: str) -> Callable:
             logger.warning_once(
                 "`output_attentions=True` gives none of a patched layer, which never forms the N x N weights."
             )
-        layer = getattr(key, "dilated_layer", None)
-        if layer is not None:
-            kwargs["layer"] = layer
-        run = run_dilated if layer is None else run_bounded
+        bounded = getattr(key, "dilated_cache", None)
+        if bounded is not None:
+            kwargs["bounded"] = bounded
+        run = run_dilated if bounded is None else run_bounded
         out = run(module, query, key, value, attention_mask, settings, dropout=dropout, scaling=scaling, **kwargs)
         return out.transpose(1, 2).contiguous(), None
 
