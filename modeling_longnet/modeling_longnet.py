@@ -39,7 +39,8 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .chunked_loss import can_be_chunked, chunked_cross_entropy
 from .configuration_longnet import AUTO_MAP, LongNetConfig
-from .dilated_cache import DilatedCache, prepare_dilated_cache
+from .dilated_cache import DilatedCache
+from .dilated_cache_generation import prepare_dilated_cache
 from .document_ids import (
     Documents,
     encode_documents,
