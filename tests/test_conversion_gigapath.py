@@ -30,7 +30,7 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 def convert(output: Path, *options: str) -> Path:
-    return convert_gigapath_to_hf.main(["--checkpoint", str(CHECKPOINT), "--output", str(output), *options])
+    return convert_gigapath_to_hf.main(["--checkpoint", str(CHECKPOINT), "--output-dir", str(output), *options])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -127,7 +127,7 @@ assert error < {TOLERANCE}, error
 
 
 def convert_finetuned(output: Path, *options: str) -> Path:
-    return convert_gigapath_to_hf.main(["--checkpoint", str(FINETUNED), "--output", str(output), *options])
+    return convert_gigapath_to_hf.main(["--checkpoint", str(FINETUNED), "--output-dir", str(output), *options])
 
 
 def test_a_fine_tuned_model_gives_the_logits_of_the_original(tmp_path):
