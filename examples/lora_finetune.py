@@ -32,11 +32,10 @@ from transformers import (
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_utils import get_last_checkpoint
 
 from examples.perplexity import perplexities, window_loss
 from examples.reporting import caption, new_figure, provenance, save_figure, write_json
-from examples.runs import end_script, option, trackers
+from examples.runs import end_script, last_complete_checkpoint, option, trackers
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import load_patched_model, make_model_card, patch_model, unpatch_model
@@ -242,7 +241,7 @@ def train(
     model = get_peft_model(model, lora_config(model, options))
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
-    checkpoint = get_last_checkpoint(training.output_dir) if options.resume else None
+    checkpoint = last_complete_checkpoint(Path(training.output_dir)) if options.resume else None
     begin = int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else 0
     if done and done["steps"] == begin:
         model.load_adapter(checkpoint, model.active_adapter)  # the Trainer would take one more step

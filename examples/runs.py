@@ -92,6 +92,17 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def last_complete_checkpoint(output_dir: Path) -> str | None:
+    """A Trainer's last checkpoint that was written to its end, which is its state; killed in between, it has none."""
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
 def open_output(settings: Any) -> Path:
     """The folder --output-dir, made now: what cannot be written shows before the work.
 

@@ -141,6 +141,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it torchrun's processes would not know of each other
         mixed_precision=precision,
         log_with=trackers(settings.report_to),
         project_dir=settings.output_dir,
