@@ -29,6 +29,8 @@ from modeling_longnet import (
 # What each file is for. A new name here is one more file that every user of a checkpoint downloads and runs.
 CODE = {
     "configuration_longnet.py",
+    "dilated_config.py",
+    "xpos_range.py",
     "modeling_longnet.py",
     "attention_functions.py",
     "position_embeddings.py",
