@@ -23,14 +23,18 @@ from torch import nn
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 
+from .attention_pairs import attend_pairs
 from .dilated_attention import ELSEWHERE, dilated_attention
-from .dilated_attention_reference import dilated_attention_reference
 from .dilation_schedule import DilationSchedule
 from .document_ids import holds_pairs
 from .transformers_compat import closed_interface
 
 
 logger = logging.get_logger(__name__)
+
+SCHEDULE = (
+    "segment_lengths", "dilation_rates", "is_causal", "head_offsets", "overlap", "num_sink_tokens", "padding", "local"
+)  # fmt: skip
 
 
 def operator_arguments(
@@ -91,7 +95,8 @@ def eager_attention_forward(
             raise ValueError("`attention_mask` of pairs tells no document's length, which `padding='zeros'` needs.")
         pairs = {"pair_mask": attention_mask[:, 0], "position": kwargs["position_ids"].expand(len(query), -1)}
         arguments |= {"document_ids": None, **pairs}
-    output, weights = dilated_attention_reference(query, key, value, **arguments, return_weights=True)
+    schedule = DilationSchedule(**{name: arguments.pop(name) for name in SCHEDULE})
+    output, weights = attend_pairs(query, key, value, schedule, **arguments)
     return output.transpose(1, 2).contiguous(), weights
 
 

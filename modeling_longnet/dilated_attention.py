@@ -14,9 +14,9 @@ from torch import nn
 
 from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, attend_blocks_eager
 from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
-from .dilated_attention_reference import dilated_attention_reference, document_positions
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, as_integer
+from .document_ids import document_positions
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
@@ -421,4 +421,4 @@ class DilatedAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-__all__ = ["DilatedAttention", "dilated_attention", "dilated_attention_reference"]
+__all__ = ["DilatedAttention", "dilated_attention"]

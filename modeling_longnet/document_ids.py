@@ -8,8 +8,19 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
-from .dilated_attention_reference import document_positions
 from .transformers_compat import is_tracing
+
+
+def document_positions(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position of each token in its document, and the index at which that document starts, both [B, N].
+
+    A document is a run of equal ids in a row; a negative id is padding.
+    """
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    start = torch.where(begins, index, 0).cummax(1).values
+    return index - start, start
 
 
 class Documents(NamedTuple):

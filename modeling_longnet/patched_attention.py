@@ -26,9 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from .dilated_attention import ELSEWHERE, dilated_attention
-from .dilated_attention_reference import document_positions
 from .dilated_cache_layer import DilatedLayer
-from .document_ids import check_position_ids, reorder, restore_order
+from .document_ids import check_position_ids, document_positions, reorder, restore_order
 from .memory_positions import anchor
 from .memory_spec import MemorySpec
 from .transformers_compat import (

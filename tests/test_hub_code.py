@@ -40,7 +40,7 @@ CODE = {
     # the operator
     "dilation_schedule.py",
     "dilated_attention.py",
-    "dilated_attention_reference.py",
+    "attention_pairs.py",
     "dilation_plan.py",
     "attention_blocks.py",
     "attention_kernels.py",
