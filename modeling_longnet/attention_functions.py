@@ -16,6 +16,7 @@
 Letters: B batch, H query heads, G key/value heads, Q tokens of the queries, N tokens of the keys, D head dimension.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,18 +25,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 
 from .attention_pairs import attend_pairs
-from .dilated_attention import ELSEWHERE, dilated_attention
+from .dilated_attention import ELSEWHERE, scheduled_attention
 from .dilation_schedule import DilationSchedule
 from .document_ids import holds_pairs
 from .transformers_compat import closed_interface
 
 
 logger = logging.get_logger(__name__)
-
-SCHEDULE = (
-    "segment_lengths", "dilation_rates", "is_causal", "head_offsets", "overlap", "num_sink_tokens", "padding", "local"
-)  # fmt: skip
-
 
 def operator_arguments(
     module: nn.Module,
@@ -47,20 +43,10 @@ def operator_arguments(
     **kwargs: Unpack[TransformersKwargs],
 ) -> dict:
     """The operator's arguments besides the tensors; `attention_mask` are the document ids [B, N] of the keys."""
-    config = module.config
-    memory = None
-    if getattr(config, "memory", None) is not None:  # asked first: a forward that is compiled makes no schedules
-        memory = DilationSchedule.from_config(config).of_layer(module.layer_idx).memory
+    schedule = DilationSchedule.from_config(module.config).of_layer(module.layer_idx)
+    is_causal = module.is_causal if is_causal is None else is_causal
     return {
-        "segment_lengths": config.segment_lengths,
-        "dilation_rates": config.dilation_rates,
-        "is_causal": module.is_causal if is_causal is None else is_causal,
-        "head_offsets": config.head_offsets,
-        "overlap": config.overlap,
-        "num_sink_tokens": config.num_sink_tokens,
-        "padding": config.padding,
-        "local": config.local,
-        **({} if memory is None else {"memory": memory}),
+        "schedule": schedule if schedule.is_causal == is_causal else replace(schedule, is_causal=is_causal),
         "scale": scaling,
         "dropout": dropout,
         "document_ids": attention_mask,
@@ -72,7 +58,7 @@ def _eager_with_memory(query, key, value, arguments: dict) -> tuple[torch.Tensor
     """The definition of attention with a memory, which gives no weights."""
     if holds_pairs(arguments["document_ids"]):
         raise ValueError("`attention_mask` of pairs tells no document, of whose blocks a `memory` could choose.")
-    output = dilated_attention(query, key, value, **arguments, backend="eager")
+    output = scheduled_attention(query, key, value, **arguments, backend="eager")
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -88,15 +74,14 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: query [B, H, Q, D], key and value [B, G, N, D] to output [B, Q, H, D], weights [B, H, Q, N]."""
     arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
-    if "memory" in arguments:
+    if arguments["schedule"].memory is not None:
         return _eager_with_memory(query, key, value, arguments)
     if holds_pairs(attention_mask):
         if module.config.padding == "zeros":
             raise ValueError("`attention_mask` of pairs tells no document's length, which `padding='zeros'` needs.")
         pairs = {"pair_mask": attention_mask[:, 0], "position": kwargs["position_ids"].expand(len(query), -1)}
         arguments |= {"document_ids": None, **pairs}
-    schedule = DilationSchedule(**{name: arguments.pop(name) for name in SCHEDULE})
-    output, weights = attend_pairs(query, key, value, schedule, **arguments)
+    output, weights = attend_pairs(query, key, value, **arguments)
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -132,7 +117,7 @@ def fused_attention_forward(
         backend = "eager"
     arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
     elsewhere = getattr(kwargs.get(ELSEWHERE), "attend", None)
-    output = dilated_attention(query, key, value, **arguments, backend=backend, elsewhere=elsewhere)
+    output = scheduled_attention(query, key, value, **arguments, backend=backend, elsewhere=elsewhere)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -25,11 +25,11 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from .dilated_attention import ELSEWHERE, dilated_attention
+from .dilated_attention import ELSEWHERE, scheduled_attention
 from .dilated_cache_layer import DilatedLayer
+from .dilation_schedule import DilationSchedule
 from .document_ids import check_position_ids, document_positions, reorder, restore_order
 from .memory_positions import anchor
-from .memory_spec import MemorySpec
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -453,17 +453,6 @@ def _refuse_sliced_dimensions(memory, num_heads: int, total_heads: int) -> None:
         )
 
 
-def memory_arguments(module: torch.nn.Module, settings: dict) -> dict:
-    """The operator's arguments of a layer with a memory; none for another."""
-    if settings.get("memory") is None:
-        return {}
-    memory = MemorySpec.from_dict(settings["memory"])
-    if not memory.reads_in(module.layer_idx):
-        return {}
-    layer = _layer_memory(module)
-    return {"memory": memory, "inv_freq": layer.inv_freq, "basis": layer.basis}
-
-
 def _angle_offset(layout: Layout, position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     """What each row's `position_ids` count more than its document's tokens, [B]: the padding before them, if any."""
     if position_ids is None:
@@ -582,39 +571,25 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
     _warn_beyond_native_context(module.config, length, settings)
     layout = layout_of(mask, kwargs.get("position_ids"), query_length)
     _refuse_untold_packing(kwargs, layout.is_packed)
-    memory = memory_arguments(module, settings)
-    if memory:
-        _refuse_inner_padding(layout.order)
-        offset = _angle_offset(layout, kwargs.get("position_ids"), len(query), length)
-        query, key = (query, key) if offset is None else anchor(query, key, offset, memory["inv_freq"])
     first_head, total_heads = head_slice(module, query.shape[1])
-    if memory:
-        _refuse_sliced_dimensions(_layer_memory(module), query.shape[1], total_heads)
+    schedule, memory = DilationSchedule.from_config(module.config).of_layer(module.layer_idx), {}
+    if schedule.memory is not None:
+        _refuse_inner_padding(layout.order)
+        known = _layer_memory(module)
+        _refuse_sliced_dimensions(known, query.shape[1], total_heads)
+        memory = {"inv_freq": known.inv_freq, "basis": known.basis}
+        offset = _angle_offset(layout, kwargs.get("position_ids"), len(query), length)
+        query, key = (query, key) if offset is None else anchor(query, key, offset, known.inv_freq)
     ids, query_offset, order = layout.document_ids, layout.query_offset, layout.order
     if order is not None:
         key, value = (reorder(x, order, dim=2) for x in (key, value))
         query = reorder(query, order, dim=2) if query_length == length else query
         ids, query_offset = ids.gather(1, order), None
-    out = dilated_attention(
-        query,
-        key,
-        value,
-        settings["segment_lengths"],
-        settings["dilation_rates"],
-        scale=scaling,
-        head_offsets=settings["head_offsets"],
-        overlap=settings["overlap"],
-        num_sink_tokens=settings["num_sink_tokens"],
-        local=settings["local"],
-        dropout=dropout,
-        head_index_offset=first_head,
-        total_num_heads=total_heads,
-        document_ids=ids,
-        query_offset=query_offset,
-        backend=settings["backend"],
-        elsewhere=getattr(kwargs.get(ELSEWHERE), "attend", None),
-        **memory,
-    )
+    out = scheduled_attention(
+        query, key, value, schedule, scale=scaling, dropout=dropout, head_index_offset=first_head,
+        total_num_heads=total_heads, document_ids=ids, query_offset=query_offset, backend=settings["backend"],
+        elsewhere=getattr(kwargs.get(ELSEWHERE), "attend", None), **memory,
+    )  # fmt: skip
     return out if order is None or query_length < length else restore_order(out, order, dim=2)
 
 

@@ -58,7 +58,14 @@ def test_every_option_is_told_everywhere():
     for function in (dilated_attention, dilated_attention_reference):
         assert set(FIELDS) <= set(inspect.signature(function).parameters)
     model = LongNetForCausalLM(tiny_config())
-    assert set(FIELDS) <= set(operator_arguments(model.model.layers[0].self_attn, None, 1.0, 0.0))
+    schedule = operator_arguments(model.model.layers[0].self_attn, None, 1.0, 0.0)["schedule"]
+    assert set(FIELDS) <= set(schedule.as_arguments())
+
+
+@causal_options
+def test_a_schedule_is_what_its_text_says(options):
+    schedule = tiny_config(**options).dilation_schedule
+    assert DilationSchedule.from_text(schedule.to_text()) == schedule
 
 
 def make(options: dict, positions: dict, **more) -> LongNetForCausalLM:
