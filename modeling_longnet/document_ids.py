@@ -296,6 +296,26 @@ def find_documents(
     return Documents(ids, order, positions[:, slots], is_split)
 
 
+def read_documents(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    batch_size: int,
+    query_length: int,
+    device: torch.device,
+    is_causal: bool = True,
+) -> tuple[int | torch.Tensor, Documents]:
+    """Index of the first query among the keys that the attention will be given, and the documents of those keys."""
+    # CODEPATH: a bounded cache has forgotten the earlier keys, and knows where each row's text goes on.
+    if hasattr(cache, "read_documents"):
+        return 0, cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
+    query_offset, key_length = query_extent(cache, query_length, device, is_causal)
+    extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
+    if holds_pairs(attention_mask):
+        return query_offset, find_pairs(attention_mask, position_ids, **extent)
+    return query_offset, find_documents(attention_mask, position_ids, query_offset=query_offset, **extent)
+
+
 def _positions(document_ids: torch.Tensor) -> torch.Tensor:
     return document_positions(document_ids)[0].masked_fill(document_ids < 0, 0)
 

@@ -32,7 +32,7 @@ CODE = {
     "dilated_config.py",
     "xpos_range.py",
     "modeling_longnet.py",
-    "attention_functions.py",
+    "longnet_layers.py",
     "position_embeddings.py",
     "document_ids.py",
     "chunked_loss.py",

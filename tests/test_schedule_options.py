@@ -22,7 +22,7 @@ from modeling_longnet import (
     dilated_attention_reference,
     patch_model,
 )
-from modeling_longnet.attention_functions import operator_arguments
+from modeling_longnet.longnet_layers import operator_arguments
 from modeling_longnet.patching import SETTINGS
 from modeling_longnet.sequence_parallel import SequenceParallel
 from modeling_longnet.transformers_compat import named_cache
