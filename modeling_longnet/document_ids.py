@@ -173,6 +173,11 @@ def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Te
     return begins & real
 
 
+def padding_to_front(real: torch.Tensor) -> torch.Tensor:
+    """The order [B, N] that moves what is not `real` [B, N] before the tokens, which keep their own order."""
+    return real.to(torch.uint8).argsort(dim=1, stable=True)
+
+
 def _side_by_side_order(
     ids: torch.Tensor, query_length: int, query_offset: int | torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -186,7 +191,7 @@ def _side_by_side_order(
     is_whole = query_length == ids.shape[1]
     if is_tracing(ids):
         # The values cannot be asked for. Reordering does no harm; with a cache the tokens must lie side by side.
-        return real.to(torch.uint8).argsort(dim=1, stable=True) if is_whole else None, None
+        return padding_to_front(real) if is_whole else None, None
     if not split.any():
         return None, None
     # Padding before the new tokens may be moved away from among them: what its queries then give is nobody's.
@@ -195,7 +200,7 @@ def _side_by_side_order(
             "`attention_mask` has padding between the tokens of a row, which a static cache or a padded continuation "
             "cannot put aside. Pad on the left instead."
         )
-    return real.to(torch.uint8).argsort(dim=1, stable=True), split[:, : int(query_offset)].any(1, keepdim=True)
+    return padding_to_front(real), split[:, : int(query_offset)].any(1, keepdim=True)
 
 
 def encode_documents(documents: Documents) -> torch.Tensor | None:

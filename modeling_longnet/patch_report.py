@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .dilation_schedule import DilationSchedule
-from .patched_attention import AttentionCall
+from .patch_probe import AttentionCall
 
 
 @dataclass(frozen=True)

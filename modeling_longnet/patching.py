@@ -30,7 +30,8 @@ from .memory_patch import attach_memories, find_layer_memories, resolve_memory
 from .model_card import TAGS, upload_with_card
 from .patch_probe import choose_layers, find_layers, probe_attention, text_part, why_unbounded
 from .patch_report import PatchReport, make_report
-from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK
+from .patched_attention import SCALED_MARK
+from .patched_mask import IMPLEMENTATIONS, ORIGINALS
 from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
 from .transformers_compat import (
     GENERATION_ATTRIBUTES,
