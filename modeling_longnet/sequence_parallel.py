@@ -83,7 +83,7 @@ class ShardedForward:
                 "keys: caches do not work in a sharded forward, generate under `disabled()`."
             )
         heads = Heads(query.shape[1], key.shape[1], head_index_offset, total_num_heads)
-        exchange = plan_exchange(layout, self.shard.rank, schedule, heads)
+        exchange = plan_exchange(layout, self.shard.rank, schedule, heads, query.device)
         self.exchanges.append((exchange, 2 * key.shape[-1] * key.itemsize))
         return sharded_attention(query, key, value, exchange, self.group, scale, get_kernel(backend, query))
 
