@@ -37,6 +37,7 @@ from .modeling_longnet import (
 from .modeling_longnet_slide_encoder import LongNetSlideEncoderForImageClassification, LongNetSlideEncoderModel
 from .modeling_longvit import LongViTForImageClassification, LongViTModel
 from .patching import is_patched, load_patched_model, patch_model, unpatch_model
+from .schedule_advice import suggest_schedule
 from .transformers_compat import UPLOAD
 
 
@@ -89,5 +90,6 @@ __all__ = [
     "load_patched_model",
     "make_model_card",
     "patch_model",
+    "suggest_schedule",
     "unpatch_model",
 ]
