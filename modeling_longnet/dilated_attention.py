@@ -12,7 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, attend_blocks_eager
+from .attention_blocks import (
+    VisibleKeys,
+    attend_blocks,
+    attend_blocks_backward,
+    attend_blocks_eager,
+    connected_zeros,
+    with_lse_gradient,
+)
 from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, as_integer
@@ -77,7 +84,7 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
     lse.fill_(-torch.inf)
     kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
-        keys = DenseKeys(key[rows, :, k], value[rows, :, k])
+        keys = VisibleKeys(key[rows, :, k], value[rows, :, k])
         attend_blocks(kernel, blocks, query[rows, :, q], keys, mixed[rows, :, q], lse[rows, :, q], start, scale)
     if mixed is not out:
         out.copy_(mixed)
@@ -93,7 +100,7 @@ def _backward(
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
     kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
-        keys = DenseKeys(key[rows, :, k], value[rows, :, k], grads[1][rows, :, k], grads[2][rows, :, k])
+        keys = VisibleKeys(key[rows, :, k], value[rows, :, k], grads[1][rows, :, k], grads[2][rows, :, k])
         saved = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
         attend_blocks_backward(kernel, blocks, *saved, keys, start, scale)
     return tuple(g.to(query.dtype) for g in grads)
@@ -143,14 +150,8 @@ def _save_for_backward(ctx, inputs, output):
 
 def _differentiate(ctx, grad, grad_lse):
     query, key, value, out, lse, document_ids, offset_tensor = ctx.saved_tensors
-    width, pad = query.shape[-1], torch.nn.functional.pad
-    if grad is None:
-        grad = torch.zeros_like(out)
-    if grad_lse is not None:
-        # dS = P * (dP - rowsum(dO * O) + dlse): with one more column, the row sum inside the kernels holds dlse too.
-        query, key, value = (pad(x, (0, 1)) for x in (query, key, value))
-        out = pad(out, (0, 1), value=1.0)
-        grad = torch.cat([grad, -grad_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
+    width = query.shape[-1]
+    grad, query, key, value, out = with_lse_gradient(grad, grad_lse, query, key, value, out)
     grads = _backward_op(grad, query, key, value, out, lse, document_ids, offset_tensor, *ctx.settings)
     return *(g[..., :width] for g in grads), None, None, *(None for _ in ctx.settings)
 
@@ -160,12 +161,11 @@ _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale, dropout):
     """The same blocks in plain differentiable operations."""
-    out = query.masked_fill(query.new_ones((), dtype=torch.bool), 0)  # zeros that stay part of the graph
+    out = connected_zeros(query)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *heads):
-        piece = attend_blocks_eager(
-            blocks, query[rows, :, q], key[rows, :, k], value[rows, :, k], start, scale, dropout
-        )
+        keys = VisibleKeys(key[rows, :, k], value[rows, :, k])
+        piece = attend_blocks_eager(blocks, query[rows, :, q], keys, start, scale, dropout)
         if len(query) == rows.stop - rows.start and query.shape[2] == q.stop - q.start:
             return piece
         out[rows, :, q], lse[rows, :, q] = piece

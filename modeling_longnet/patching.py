@@ -4,8 +4,10 @@
     patch_model(model, segment_lengths=[256, 512, 1024, 2048], dilation_rates=[1, 2, 4, 8])
     print(model.dilated_attention_report)
 
-The attention is exchanged through Transformers' own `AttentionInterface` and `AttentionMaskInterface`: no class is
-changed, and no mask of pairs is built. What a patch is stands as plain JSON in `model.config.dilated_attention`.
+The attention is exchanged through Transformers' own `AttentionInterface` and `AttentionMaskInterface`: no class of a
+model is changed, and no mask of pairs is built. What a patch is stands as plain JSON in
+`model.config.dilated_attention`. Where PEFT is installed its class of models is changed, and no other one, as long as a
+model lives that was patched: it then saves these settings beside an adapter (see adapter_files.py).
 
 Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, w segment length, r dilation rate.
 """
@@ -21,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .adapter_files import SETTINGS_NAME, record_in_adapters, resize_for_adapter, write_settings
+from .adapter_files import SETTINGS_NAME, AdapterRecord, resize_for_adapter, write_settings
 from .attention_kernels import BACKENDS
 from .dilated_cache import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule, as_plain
@@ -57,7 +59,7 @@ SETTINGS = (
 # Arguments that say where files are.
 HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 INSTANCE_ATTRIBUTES = (
-    "_undo_dilated_attention", "_patched_within", "save_pretrained", "set_attn_implementation",
+    "_undo_dilated_attention", "_adapter_record", "_patched_within", "save_pretrained", "set_attn_implementation",
     "dilated_attention_report", SUPPORTS_FLASH_ATTENTION, UPLOAD, *GENERATION_ATTRIBUTES,
 )  # fmt: skip
 DEQUANTIZE_ADVICE = (
@@ -213,7 +215,7 @@ def patch_model(
         if part is not base:
             part._patched_within = type(base).__name__
         base.add_model_tags(list(TAGS))
-        record_in_adapters()
+        part._adapter_record = AdapterRecord()
     except BaseException:
         _take_back(base, original)
         if settings_before is not None:
@@ -257,6 +259,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             f"{type(base).__name__} was patched by code that came with it from the Hub: load it without "
             "`trust_remote_code` to have the original."
         )
+    part = text_part(base)
+    part._adapter_record.keep_with(part)  # what it saves over an adapter of the patched model takes the settings away
     _take_back(base, original)
     return model
 
