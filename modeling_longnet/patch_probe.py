@@ -50,9 +50,8 @@ class Probe:
 
     def __call__(self, original: str, module, query, key, value, mask, **arguments) -> tuple[torch.Tensor, None]:
         """Stands in for the attention function: zeros [B, Q, H, D]."""
-        cache_layer = getattr(getattr(key, "dilated_layer", None), "layer_idx", None)
         reason = _why_not(module, query, key, value, mask, arguments)
-        shape = tuple(key.shape)
+        shape, cache_layer = tuple(key.shape), getattr(key, "cache_layer", None)
         self.calls.append(AttentionCall(module, reason, query.shape[1], shape, key.itemsize, cache_layer, key[0]))
         return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
 

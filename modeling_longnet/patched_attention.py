@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from .dilated_attention import ELSEWHERE, scheduled_attention
-from .dilated_cache_layer import DilatedLayer
+from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
 from .document_ids import check_position_ids, reorder, restore_order
 from .memory_positions import anchor
@@ -184,34 +184,32 @@ def _refuse_sliced_dimensions(memory, num_heads: int, total_heads: int) -> None:
 
 
 def run_bounded(
-    module, query, key, value, mask, settings: dict, layer: DilatedLayer, dropout, scaling, **kwargs
+    module, query, key, value, mask, settings: dict, bounded: DilatedCache, dropout, scaling, **kwargs
 ) -> torch.Tensor:
     """Dilated attention with a bounded cache: query [B, H, Q, D], key and value [B, G, Q, D] -> out [B, H, Q, D]."""
+    layer = bounded.layers[key.cache_layer]
     layer.awaited = False
     _refuse_unsupported(module, query, key, value, kwargs)
-    if dropout:
-        raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
     if layer.layer_idx != module.layer_idx:
         raise ValueError(
             f"layer {module.layer_idx} reads the keys of layer {layer.layer_idx}, which a bounded cache cannot share: "
             "pass `cache=DynamicCache(config=model.config)`."
         )
     ids, order = None, chunk_order(mask, query.shape[2])
-    if layer.is_first:
+    if bounded.step is None:
         if mask is not None and not is_compact_mask(mask):
             raise ValueError(f"`attention_mask` must be a 2-D mask [B, N] in a patched model, got {tuple(mask.shape)}.")
         if mask is not None:
             ids = mask[:, 0, IDS, -query.shape[2] :].long()
         if not torch.compiler.is_compiling():
-            layer.clock.check_model(module.config)
             if mask is not None and bool((mask[:, 0, GIVEN] * (mask[:, 0, EARLIER] + 1) > 0).all()):
-                layer.clock.check_earlier(mask[:, 0, EARLIER, 0] + (mask[:, 0, IDS, : -query.shape[2]] >= 0).sum(1))
+                bounded.check_earlier(mask[:, 0, EARLIER, 0] + (mask[:, 0, IDS, : -query.shape[2]] >= 0).sum(1))
             ids = ids if ids is not None and bool((ids < 0).any()) else None
             check_position_ids(kwargs.get("position_ids"), len(query), query.shape[2])
-            layer.clock.check_positions(kwargs.get("position_ids"), ids)
+            bounded.check_positions(kwargs.get("position_ids"), ids)
             _refuse_packing(kwargs.get("position_ids"), ids)
             _refuse_untold_packing(kwargs, False)
-            layer.clock.had_padding_behind |= order is not None
+            bounded.had_padding_behind |= order is not None
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
     if layer.schedule.memory is not None:
         _refuse_inner_padding(order)
@@ -223,9 +221,10 @@ def run_bounded(
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
         ids = None if ids is None else ids.gather(1, order)
-    out = layer.attend(
-        query, key, value, ids, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        backend=settings["backend"], head_index_offset=first_head, total_num_heads=total_heads,
+    out = bounded.attend(
+        layer.layer_idx, query, key, value, ids, config=module.config, dropout=dropout, backend=settings["backend"],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, head_index_offset=first_head,
+        total_num_heads=total_heads,
     )  # fmt: skip
     return out if order is None else restore_order(out, order, dim=2)
 
@@ -321,11 +320,11 @@ def make_attention_function(original: str) -> Callable:
             logger.warning_once(
                 "`output_attentions=True` gives none of a patched layer, which never forms the N x N weights."
             )
-        layer = getattr(key, "dilated_layer", None)
-        if layer is None:
+        bounded = getattr(key, "dilated_cache", None)
+        if bounded is None:
             out = run_dilated(module, query, key, value, attention_mask, settings, **arguments)
         else:
-            out = run_bounded(module, query, key, value, attention_mask, settings, layer, **arguments)
+            out = run_bounded(module, query, key, value, attention_mask, settings, bounded, **arguments)
         return out.transpose(1, 2).contiguous(), None
 
     return dilated_attention_forward
