@@ -1,16 +1,3 @@
-# Copyright 2026 The longnet-transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """Cross-entropy over a vocabulary without the logits of a whole text: the loss and its gradients, chunk by chunk.
 
 The logits of 131,072 tokens over 50,257 words are 25 GiB in float32, and as much again for their gradient. Here each

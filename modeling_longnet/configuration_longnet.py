@@ -69,8 +69,6 @@ class LongNetConfig(XposRangeMixin, DilatedConfigMixin, PreTrainedConfig):
     padding (`str`, *optional*, defaults to `"mask"`):
         `"zeros"` lets the zero keys with which torchscale fills incomplete segments take part in the softmax, as its
         published bidirectional checkpoints were trained.
-    local (`str`, *optional*, defaults to `"segment"`):
-        `"sliding"` replaces the first pattern by a causal sliding window of half its length, see [`DilationSchedule`].
     memory (`dict`, *optional*):
         Lets each query choose blocks of earlier tokens to see beside its schedule: settings of [`MemorySpec`], `{}` for
         the defaults. It wants `local="sliding"` and `overlap="once"`.

@@ -1,5 +1,7 @@
 """Dilated attention: the public operator, its exact and lean forward and backward, and a drop-in layer.
 
+`dilated_attention` is longer than other functions by its arguments and what they mean.
+
 Letters: B batch, H query heads, G key/value heads (H % G == 0), N tokens of the keys, Q tokens of the queries, D head
 dimension, w segment length, r dilation rate.
 """

@@ -214,13 +214,10 @@ class DilationSchedule:
         return tuple((i, w, r) for i, (w, r) in enumerate(self.patterns) if i or not self.window)
 
     def as_arguments(self) -> dict:
-        """The keyword arguments of `dilated_attention` that say the same."""
-        arguments = {name: getattr(self, name) for name in _FIELDS}
-        if self.memory is None:
-            del arguments["memory"]
-        else:
-            arguments["memory"] = self.memory.to_dict()
-        return arguments
+        """The keyword arguments of `dilated_attention` that say the same, as JSON holds them."""
+        arguments = {name: getattr(self, name) for name in _FIELDS if name != "memory" or self.memory is not None}
+        arguments |= {"segment_lengths": [*self.segment_lengths], "dilation_rates": [*self.dilation_rates]}
+        return arguments if self.memory is None else arguments | {"memory": self.memory.to_dict()}
 
     def of_layer(self, layer_idx: int) -> "DilationSchedule":
         """The schedule of a layer: this one, or without its memory where the layer has none."""

@@ -165,22 +165,24 @@ def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
         )
 
 
-def _layer_memory(module: torch.nn.Module):
+def _layer_memory(module: torch.nn.Module, order: torch.Tensor | None, num_heads: int, total_heads: int):
+    """What a layer with a memory knows for it: a `LayerMemory`."""
     memory = getattr(module, LAYER_MEMORY, None)
     if memory is None:
         raise ValueError(
             "this model's settings have a `memory`, but its layers do not know of it, as `patch_model` did not make "
             "it: use `load_patched_model(path)`, or give TRL its `ref_model=copy.deepcopy(model)`."
         )
-    return memory
-
-
-def _refuse_sliced_dimensions(memory, num_heads: int, total_heads: int) -> None:
+    if order is not None:
+        raise ValueError(
+            "`attention_mask` has padding between the tokens of a row, which a memory does not read. Pad on the left."
+        )
     if memory.basis is not None and num_heads != total_heads:
         raise ValueError(
             "`memory`: `dimensions` are calibrated for all heads of a layer, and this rank has "
             f"{num_heads} of {total_heads}: leave `dimensions` out under tensor parallelism."
         )
+    return memory
 
 
 def run_bounded(
@@ -211,13 +213,10 @@ def run_bounded(
             _refuse_untold_packing(kwargs, False)
             bounded.had_padding_behind |= order is not None
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
-    if layer.schedule.memory is not None:
-        _refuse_inner_padding(order)
-        layer.ranking = _layer_memory(module).ranking(layer.schedule)
-        layer.position_ids = kwargs.get("position_ids")
     first_head, total_heads = head_slice(module, query.shape[1])
     if layer.schedule.memory is not None:
-        _refuse_sliced_dimensions(layer.ranking, query.shape[1], total_heads)
+        layer.ranking = _layer_memory(module, order, query.shape[1], total_heads).ranking(layer.schedule)
+        layer.position_ids = kwargs.get("position_ids")
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
         ids = None if ids is None else ids.gather(1, order)
@@ -227,13 +226,6 @@ def run_bounded(
         total_num_heads=total_heads,
     )  # fmt: skip
     return out if order is None else restore_order(out, order, dim=2)
-
-
-def _refuse_inner_padding(order: torch.Tensor | None) -> None:
-    if order is not None:
-        raise ValueError(
-            "`attention_mask` has padding between the tokens of a row, which a memory does not read. Pad on the left."
-        )
 
 
 def _refuse_untold_packing(arguments: dict, is_packed: bool) -> None:
@@ -277,9 +269,7 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
     first_head, total_heads = head_slice(module, query.shape[1])
     schedule, memory = DilationSchedule.from_config(module.config).of_layer(module.layer_idx), {}
     if schedule.memory is not None:
-        _refuse_inner_padding(layout.order)
-        known = _layer_memory(module)
-        _refuse_sliced_dimensions(known, query.shape[1], total_heads)
+        known = _layer_memory(module, layout.order, query.shape[1], total_heads)
         memory = {"inv_freq": known.inv_freq, "basis": known.basis}
         offset = angle_offset(layout, kwargs.get("position_ids"), len(query), length)
         query, key = (query, key) if offset is None else anchor(query, key, offset, known.inv_freq)
