@@ -1,6 +1,8 @@
-"""Peak memory and CPU time of what a script measures. Linux, as for its counters of a process's memory."""
+"""Peak memory and CPU time of what a script measures; a peak that begins anew is Linux's."""
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,14 @@ from tqdm.auto import tqdm
 
 
 def process_memory(counter: str) -> int:
-    """Bytes of this process: "VmRSS" resident now, "VmHWM" the most since `reset_peak_memory` or its start."""
-    return int(Path("/proc/self/status").read_text().split(f"{counter}:")[1].split()[0]) * 1024
+    """Bytes of this process: "VmRSS" resident now, "VmHWM" the most since `reset_peak_memory` or its start.
+
+    Where the system does not tell, the most since its start.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(status.read_text().split(f"{counter}:")[1].split()[0]) * 1024
 
 
 def memory_in_use(device: str | torch.device = "cpu") -> int:
