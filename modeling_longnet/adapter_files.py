@@ -113,17 +113,13 @@ class AdapterRecord:
 
     def keep_with(self, model: PreTrainedModel) -> None:
         """Lives on as long as a model that holds it no more."""
-        weakref.finalize(model, _forget, self).atexit = False
+        weakref.finalize(model, id, self).atexit = False  # a reference to it
 
     def __deepcopy__(self, memo: dict) -> "AdapterRecord":
         return AdapterRecord()
 
     def __reduce__(self):
         return AdapterRecord, ()
-
-
-def _forget(record: AdapterRecord) -> None:
-    """The last reference to it ends here."""
 
 
 _LOCK = threading.RLock()  # a collection of garbage may come to it within itself

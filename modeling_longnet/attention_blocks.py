@@ -5,6 +5,7 @@ each block's kernel again with the final out and log-sum-exp (see attention_kern
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -137,61 +138,55 @@ def _zeros_lse(block: Block, like: torch.Tensor) -> torch.Tensor:
     return like.new_tensor(float(block.region.keys.count)).log().expand_as(like)
 
 
-def attend_blocks(
-    kernel: type[Kernel],
-    blocks: Iterable[Block],
-    query: torch.Tensor,
-    keys: VisibleKeys,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    start: int,
-    scale: float,
-) -> None:
-    """Merges the blocks' attention into `out` [B, H, Q, D] and `lse` [B, H, Q], whose first position is `start`."""
-    for block in blocks:
-        q, o, s = (block_queries(x, block, start) for x in (query, out, lse))
-        kind = block.region.kind
-        if kind == "zeros":
-            merge_attentions((o, None), (s, _zeros_lse(block, s)))
-            continue
-        reverse = kind == "reversed"
-        for q4, k4, v4, o4, s4 in _four_dimensional(q, *keys.get(block), o, s):
-            result = kernel.forward(*_flip(reverse, q4, k4, v4), kind != "full", scale)
-            block_out, block_lse = _flip(reverse, *result)
-            if block.fresh:
-                o4.copy_(block_out)
-                s4.copy_(block_lse)
-            else:
-                merge_attentions((o4, block_out), (s4, block_lse))
+@dataclass(frozen=True)
+class PlannedAttention:
+    """Attention by the blocks of one plan: queries at positions start, start + 1, ..., keys in the order of `locate`.
 
+    It is a way of `BlockAttention`; `kernel` is None where only `attend_blocks_eager` runs it.
+    """
 
-def attend_blocks_backward(
-    kernel: type[Kernel],
-    blocks: Iterable[Block],
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    query_grad: torch.Tensor,
-    keys: VisibleKeys,
-    start: int,
-    scale: float,
-) -> None:
-    """Adds the gradients of the blocks to `query_grad` and to those of `keys`; out and lse are the final ones."""
-    for block in blocks:
-        kind = block.region.kind
-        if kind == "zeros":
-            continue
-        reverse = kind == "reversed"
-        key_grads = keys.open_grad(block)
-        views = [block_queries(x, block, start) for x in (grad, query, out, lse, query_grad)]
-        for g, q, o, s, dq, k, v, dk, dv in _four_dimensional(*views, *keys.get(block), *key_grads):
-            g, q, o, s, k, v = _flip(reverse, g, q, o, s, k, v)
-            grads = _flip(reverse, *kernel.backward(g, q, k, v, o, s, kind != "full", scale))
-            dq.add_(grads[0])
-            dk.add_(grads[1])
-            dv.add_(grads[2])
-        keys.close_grad(block, *key_grads)
+    kernel: type[Kernel] | None
+    blocks: Iterable[Block]
+    start: int
+    scale: float
+    locate: Locate = _in_order
+
+    def forward(self, query, key, value, out, lse) -> tuple[()]:
+        """Merges the blocks' attention into `out` [B, H, Q, D] and `lse` [B, H, Q]."""
+        keys = VisibleKeys(key, value, locate=self.locate)
+        for block in self.blocks:
+            q, o, s = (block_queries(x, block, self.start) for x in (query, out, lse))
+            kind = block.region.kind
+            if kind == "zeros":
+                merge_attentions((o, None), (s, _zeros_lse(block, s)))
+                continue
+            reverse = kind == "reversed"
+            for q4, k4, v4, o4, s4 in _four_dimensional(q, *keys.get(block), o, s):
+                result = self.kernel.forward(*_flip(reverse, q4, k4, v4), kind != "full", self.scale)
+                block_out, block_lse = _flip(reverse, *result)
+                if block.fresh:
+                    o4.copy_(block_out)
+                    s4.copy_(block_lse)
+                else:
+                    merge_attentions((o4, block_out), (s4, block_lse))
+        return ()
+
+    def backward(self, grad, query, key, value, out, lse, grads) -> None:
+        """Adds the blocks' gradients to `grads`, those of query, key and value; out and lse are the final ones."""
+        keys = VisibleKeys(key, value, *grads[1:], self.locate)
+        for block in self.blocks:
+            kind = block.region.kind
+            if kind == "zeros":
+                continue
+            reverse = kind == "reversed"
+            key_grads = keys.open_grad(block)
+            views = [block_queries(x, block, self.start) for x in (grad, query, out, lse, grads[0])]
+            for g, q, o, s, dq, k, v, dk, dv in _four_dimensional(*views, *keys.get(block), *key_grads):
+                g, q, o, s, k, v = _flip(reverse, g, q, o, s, k, v)
+                result = _flip(reverse, *self.kernel.backward(g, q, k, v, o, s, kind != "full", self.scale))
+                for total, share in zip((dq, dk, dv), result):
+                    total.add_(share)
+            keys.close_grad(block, *key_grads)
 
 
 def connected_zeros(x: torch.Tensor) -> torch.Tensor:
@@ -249,14 +244,14 @@ def block_positions(rows: Rows, block: Block, device: torch.device) -> torch.Ten
     return (repeats[:, None] + rows.start + rows.step * torch.arange(rows.count, device=device)).flatten()
 
 
-def _eager_scores(block: Block, query: torch.Tensor, keys: VisibleKeys, start: int, scale: float):
+def _eager_scores(plan: PlannedAttention, block: Block, query: torch.Tensor, keys: VisibleKeys):
     """The block's logits [B, h, repeats, rows, keys] and the indices of its queries and keys."""
-    q_index = block_positions(block.region.queries.shift(-start), block, query.device)
+    q_index = block_positions(block.region.queries.shift(-plan.start), block, query.device)
     k_index = keys.index(block)
     shape = (block.repeats, -1)
     q = query[:, block.heads].index_select(2, q_index).unflatten(2, shape)
     k = keys.pair[0][:, block.kv_heads].index_select(2, k_index).unflatten(2, shape)
-    scores = q @ k.mT * scale
+    scores = q @ k.mT * plan.scale
     if block.region.kind != "full":
         square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
         hidden = square.triu(1) if block.region.kind == "causal" else square.tril(-1)
@@ -264,45 +259,41 @@ def _eager_scores(block: Block, query: torch.Tensor, keys: VisibleKeys, start: i
     return scores, q_index, k_index
 
 
-def _eager_lse(blocks, query, keys, start, scale, dtype) -> torch.Tensor:
+def _eager_lse(plan: PlannedAttention, query, keys, dtype) -> torch.Tensor:
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-    for block in blocks:
-        view = block_queries(lse, block, start)
+    for block in plan.blocks:
+        view = block_queries(lse, block, plan.start)
         if block.region.kind == "zeros":
             view.copy_(torch.logaddexp(view, _zeros_lse(block, view)))
             continue
-        scores, _, _ = _eager_scores(block, query, keys, start, scale)
+        scores, _, _ = _eager_scores(plan, block, query, keys)
         view.copy_(torch.logaddexp(view, scores.to(dtype).logsumexp(-1)))
     return lse
 
 
 def attend_blocks_eager(
-    blocks: tuple[Block, ...],
-    query: torch.Tensor,
-    keys: VisibleKeys,
-    start: int,
-    scale: float,
-    dropout: float,
+    plan: PlannedAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of the blocks in plain PyTorch: any number of derivatives, dropout, gradient through lse."""
+    """(out, lse) of a plan in plain PyTorch: any number of derivatives, dropout, gradient through lse."""
+    keys = VisibleKeys(key, value, locate=plan.locate)
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad():  # only a constant to subtract, so that no exponential overflows
-        maximum = _eager_lse(blocks, query, keys, start, scale, dtype)
+        maximum = _eager_lse(plan, query, keys, dtype)
         maximum = maximum.masked_fill(maximum == -torch.inf, 0)
     total = torch.zeros_like(maximum)
     mixed = connected_zeros(query).to(dtype)
-    for block in blocks:
+    for block in plan.blocks:
         if block.region.kind == "zeros":
-            index = block_positions(block.region.queries.shift(-start), block, query.device)
+            index = block_positions(block.region.queries.shift(-plan.start), block, query.device)
             share = (-maximum[:, block.heads].index_select(2, index)).exp() * block.region.keys.count
             total[:, block.heads].index_add_(2, index, share)
             continue
-        scores, q_index, k_index = _eager_scores(block, query, keys, start, scale)
+        scores, q_index, k_index = _eager_scores(plan, block, query, keys)
         shift = maximum[:, block.heads].index_select(2, q_index).unflatten(2, (block.repeats, -1))
         weights = (scores.to(dtype) - shift[..., None]).exp()
         total[:, block.heads].index_add_(2, q_index, weights.sum(-1).flatten(2, 3))
         weights = torch.nn.functional.dropout(weights, dropout).to(query.dtype)
-        v = keys.pair[1][:, block.kv_heads].index_select(2, k_index).unflatten(2, (block.repeats, -1))
+        v = value[:, block.kv_heads].index_select(2, k_index).unflatten(2, (block.repeats, -1))
         mixed[:, block.heads].index_add_(2, q_index, (weights @ v).flatten(2, 3).to(dtype))
     out = mixed / total.masked_fill(total == 0, 1)[..., None]
     return out.to(query.dtype), total.log() + maximum

@@ -14,14 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .attention_blocks import (
-    VisibleKeys,
-    attend_blocks,
-    attend_blocks_backward,
-    attend_blocks_eager,
-    connected_zeros,
-    with_lse_gradient,
-)
+from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
 from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, as_integer
@@ -86,8 +79,8 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
     lse.fill_(-torch.inf)
     kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
-        keys = VisibleKeys(key[rows, :, k], value[rows, :, k])
-        attend_blocks(kernel, blocks, query[rows, :, q], keys, mixed[rows, :, q], lse[rows, :, q], start, scale)
+        tensors = query[rows, :, q], key[rows, :, k], value[rows, :, k], mixed[rows, :, q], lse[rows, :, q]
+        PlannedAttention(kernel, blocks, start, scale).forward(*tensors)
     if mixed is not out:
         out.copy_(mixed)
     return out, lse
@@ -102,9 +95,11 @@ def _backward(
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
     kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
-        keys = VisibleKeys(key[rows, :, k], value[rows, :, k], grads[1][rows, :, k], grads[2][rows, :, k])
-        saved = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
-        attend_blocks_backward(kernel, blocks, *saved, keys, start, scale)
+        own_grad, own_query, own_out, own_lse, query_grad = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
+        own_key, own_value, *key_grads = (x[rows, :, k] for x in (key, value, *grads[1:]))
+        PlannedAttention(kernel, blocks, start, scale).backward(
+            own_grad, own_query, own_key, own_value, own_out, own_lse, (query_grad, *key_grads)
+        )
     return tuple(g.to(query.dtype) for g in grads)
 
 
@@ -166,8 +161,8 @@ def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale
     out = connected_zeros(query)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *heads):
-        keys = VisibleKeys(key[rows, :, k], value[rows, :, k])
-        piece = attend_blocks_eager(blocks, query[rows, :, q], keys, start, scale, dropout)
+        plan = PlannedAttention(None, blocks, start, scale)
+        piece = attend_blocks_eager(plan, query[rows, :, q], key[rows, :, k], value[rows, :, k], dropout)
         if len(query) == rows.stop - rows.start and query.shape[2] == q.stop - q.start:
             return piece
         out[rows, :, q], lse[rows, :, q] = piece

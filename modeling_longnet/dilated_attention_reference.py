@@ -16,15 +16,10 @@ CHOICES = {
 
 class _Schedule:
     def __init__(self, **settings):
-        self.__dict__.update(settings)
-        for name, known in CHOICES.items():
-            if settings[name] not in known:
-                raise ValueError(f"`{name}` must be one of {known}, got {settings[name]!r}.")
-        if len(self.segment_lengths) != len(self.dilation_rates):
-            raise ValueError(
-                "`segment_lengths` and `dilation_rates` must have the same number of entries, got "
-                f"{len(self.segment_lengths)} and {len(self.dilation_rates)}."
-            )
+        self.__dict__ = settings
+        wrong = [name for name, known in CHOICES.items() if settings[name] not in known]
+        if wrong or len(self.segment_lengths) != len(self.dilation_rates):
+            raise ValueError(f"this is no schedule ({', '.join(wrong) or 'lengths and rates differ'}): {settings}.")
 
 
 def _read_documents(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,16 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_blocks import (
-    BlockAttention,
-    VisibleKeys,
-    attend_blocks,
-    attend_blocks_backward,
-    connected_zeros,
-    merge_attentions,
-)
+from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, merge_attentions
 from .attention_kernels import get_kernel
-from .dilation_plan import SINKS, Block, plan_blocks
+from .dilation_plan import SINKS, plan_blocks
 from .dilation_schedule import DilationSchedule
 from .memory_pieces import PAIRS, PieceAttention, Stretch, make_pieces
 from .memory_positions import rotate
@@ -49,13 +42,16 @@ class MemoryCall:
     def inv_freq(self) -> torch.Tensor | None:
         return self.ranking.inv_freq
 
-    def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
+    def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
         """The schedule's part; sinks are read apart where their distance is clamped."""
+        length = query.shape[2]
         blocks = plan_blocks(
-            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + query_length, length,
+            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + length, key.shape[2],
             self.head_index_offset, self.total_num_heads,
         )  # fmt: skip
-        return tuple(x for x in blocks if x.pattern != SINKS) if self.clamps(query_length) else blocks
+        if self.clamps(length):
+            blocks = tuple(x for x in blocks if x.pattern != SINKS)
+        return PlannedAttention(get_kernel(self.backend, query), blocks, self.start, self.scale)
 
     def clamps(self, query_length: int) -> bool:
         """Whether any of the queries lies beyond the clamped distance."""
@@ -177,9 +173,8 @@ class _WithMemory:
     call: MemoryCall
 
     def forward(self, query, key, value, out, lse, reads):
-        call, kernel = self.call, get_kernel(self.call.backend, query)
-        blocks = call.blocks(*_lengths(query, key))
-        attend_blocks(kernel, blocks, query, VisibleKeys(key, value), out, lse, call.start, call.scale)
+        call = self.call
+        call.shown(query, key).forward(query, key, value, out, lse)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _attend_sinks(call, query, key, value, out, lse)
         for _, _, at, part in _stretches(call, reads, query, key, value):
@@ -187,9 +182,8 @@ class _WithMemory:
         return ()
 
     def backward(self, grad, query, key, value, out, lse, grads, reads):
-        call, kernel, keys = self.call, get_kernel(self.call.backend, query), VisibleKeys(key, value, *grads[1:])
-        blocks = call.blocks(*_lengths(query, key))
-        attend_blocks_backward(kernel, blocks, grad, query, out, lse, grads[0], keys, call.start, call.scale)
+        call = self.call
+        call.shown(query, key).backward(grad, query, key, value, out, lse, grads)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
@@ -197,10 +191,6 @@ class _WithMemory:
             block_grads = (_in_blocks(x, row, group, size) for x in grads[1:])
             rows = [x[at].flatten(0, 1) for x in (grad, out, lse)]
             grads[0][at] += part.gradients(*rows, *block_grads).view_as(grads[0][at])
-
-
-def _lengths(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
-    return query.shape[2], key.shape[2]
 
 
 @torch.no_grad()

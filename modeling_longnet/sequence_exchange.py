@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 import torch
 import torch.distributed as dist
 
-from .attention_blocks import BlockAttention, VisibleKeys, attend_blocks, attend_blocks_backward
+from .attention_blocks import BlockAttention, PlannedAttention
 from .attention_kernels import Kernel
 from .dilation_plan import Block, Region, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule
@@ -223,58 +223,63 @@ def send_rows(
     return received, work
 
 
-def _received_keys(index: torch.Tensor, *buffers: torch.Tensor) -> VisibleKeys:
-    """Keys and values, then their gradients, of one remote block among the received rows [M, 2, D]."""
-    return VisibleKeys(*(x[None, None] for rows in buffers for x in rows.unbind(1)), locate=lambda block: index)
-
-
 @dataclass(frozen=True)
 class _Sharded:
-    """The way of `BlockAttention` through own and received keys."""
+    """The way of `BlockAttention` through own keys, and received ones [M, 2, D]."""
 
     exchange: Exchange
     group: dist.ProcessGroup | None
     scale: float
     kernel: type[Kernel]
 
-    def _parts(self, *tensors: torch.Tensor) -> list[tuple[DocumentPart, list[torch.Tensor]]]:
-        return [(part, [x[part.rows, :, part.tokens] for x in tensors]) for part in self.exchange.parts]
+    def _cut(self, *tensors: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Tensors [B, H, n, ...] in the parts of the slice."""
+        return [[x[part.rows, :, part.tokens] for x in tensors] for part in self.exchange.parts]
+
+    def _local(self, part: DocumentPart) -> PlannedAttention:
+        return PlannedAttention(self.kernel, part.local, part.start, self.scale)
+
+    def _remote(self, part: DocumentPart) -> Iterator[PlannedAttention]:
+        for block, index in part.remote:
+            yield PlannedAttention(self.kernel, (block,), part.start, self.scale, lambda _, index=index: index)
 
     def forward(self, query, key, value, out, lse):
         exchange, received, work = self.exchange, None, None
         if exchange.is_needed:
             rows = torch.stack([x[exchange.send_index] for x in (key, value)], dim=1)
             received, work = send_rows(rows, exchange.send_counts, exchange.receive_counts, self.group)
-        parts = self._parts(query, out, lse, key, value)
-        for part, (q, o, s, *own) in parts:
-            attend_blocks(self.kernel, part.local, q, VisibleKeys(*own), o, s, part.start, self.scale)
+        views = self._cut(query, key, value, out, lse)
+        for part, own in zip(exchange.parts, views):
+            self._local(part).forward(*own)
         if work is not None:
             work.wait()
-        for part, (q, o, s, *_) in parts:
-            for block, index in part.remote:
-                keys = _received_keys(index, received)
-                attend_blocks(self.kernel, (block,), q, keys, o, s, part.start, self.scale)
+        for part, (q, _, _, *merged) in zip(exchange.parts, views):
+            for plan in self._remote(part):
+                plan.forward(q, *_as_buffer(received), *merged)
         return (received,)
 
     def backward(self, grad, query, key, value, out, lse, grads, received):
         exchange, work = self.exchange, None
-        parts = self._parts(grad, query, out, lse, grads[0], key, value, *grads[1:])
+        views, grad_views = self._cut(grad, query, key, value, out, lse), self._cut(*grads)
         if received is not None:
             received_grad = torch.zeros_like(received, dtype=lse.dtype)
-            for part, views in parts:
-                for block, index in part.remote:
-                    keys = _received_keys(index, received, received_grad)
-                    attend_blocks_backward(self.kernel, (block,), *views[:5], keys, part.start, self.scale)
+            for part, (g, q, _, _, *final), own_grads in zip(exchange.parts, views, grad_views):
+                for plan in self._remote(part):
+                    plan.backward(g, q, *_as_buffer(received), *final, (own_grads[0], *_as_buffer(received_grad)))
             if key.requires_grad or value.requires_grad:
                 rows = received_grad.to(key.dtype)
                 returned, work = send_rows(rows, exchange.receive_counts, exchange.send_counts, self.group)
-        for part, views in parts:
-            keys = VisibleKeys(*views[5:])
-            attend_blocks_backward(self.kernel, part.local, *views[:5], keys, part.start, self.scale)
+        for part, own, own_grads in zip(exchange.parts, views, grad_views):
+            self._local(part).backward(*own, own_grads)
         if work is not None:
             work.wait()
             for total, rows in zip(grads[1:], returned.to(lse.dtype).unbind(1)):
                 total.index_put_(exchange.send_index, rows, accumulate=True)
+
+
+def _as_buffer(received: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values of received rows, each as a buffer [1, 1, M, D]."""
+    return received[None, None].unbind(3)
 
 
 def sharded_attention(

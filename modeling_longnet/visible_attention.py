@@ -5,43 +5,12 @@ Whoever calls (a bounded cache, a chunk of a long text) says where each block's 
 Letters: B batch, H query heads, G key/value heads, Q queries, M rows of the buffer, D head dimension.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from .attention_blocks import (
-    BlockAttention,
-    Locate,
-    VisibleKeys,
-    attend_blocks,
-    attend_blocks_backward,
-    attend_blocks_eager,
-)
-from .attention_kernels import Kernel, choose_backend, get_kernel, refuse_tangents
-from .dilation_plan import Block, plan_blocks
+from .attention_blocks import BlockAttention, Locate, PlannedAttention, attend_blocks_eager
+from .attention_kernels import choose_backend, get_kernel, refuse_tangents
+from .dilation_plan import plan_blocks
 from .dilation_schedule import DilationSchedule
-
-
-@dataclass(frozen=True)
-class _Visible:
-    """The way of `BlockAttention` through one plan over one buffer."""
-
-    kernel: type[Kernel]
-    blocks: tuple[Block, ...]
-    locate: Locate
-    start: int
-    scale: float
-
-    def forward(self, query, key, value, out, lse):
-        keys = VisibleKeys(key, value, locate=self.locate)
-        attend_blocks(self.kernel, self.blocks, query, keys, out, lse, self.start, self.scale)
-        return ()
-
-    def backward(self, grad, query, key, value, out, lse, grads):
-        keys = VisibleKeys(key, value, *grads[1:], self.locate)
-        attend_blocks_backward(
-            self.kernel, self.blocks, grad, query, out, lse, grads[0], keys, self.start, self.scale
-        )  # fmt: skip
 
 
 def attend_visible(
@@ -79,7 +48,7 @@ def attend_visible(
         schedule, query.shape[1], key.shape[1], query_start, stop, length, head_index_offset, total_num_heads
     )
     if backend == "eager":
-        return attend_blocks_eager(blocks, query, VisibleKeys(key, value, locate=locate), query_start, scale, 0.0)[0]
+        return attend_blocks_eager(PlannedAttention(None, blocks, query_start, scale, locate), query, key, value)[0]
     refuse_tangents(backend, query, key, value)
-    way = _Visible(get_kernel(backend, query), blocks, locate, query_start, scale)
+    way = PlannedAttention(get_kernel(backend, query), blocks, query_start, scale, locate)
     return BlockAttention.apply(way, query, key, value)[0]
