@@ -9,8 +9,9 @@ hooks and gradient checkpointing carry to every layer as they would carry a mask
     EARLIER   tokens before the first key, known to a        0  0  0  0  0  0     (not padding; -1: some, untold)
               bounded cache alone
 
-A patched model reads documents as its host does without a patch, which is not quite how LongNet reads them
-(document_ids.py): where a 2-D mask is given, `position_ids` that restart do not begin a document.
+Segments count the tokens of a document from 0: padding on the left moves nothing, and padding between tokens is moved
+before them. A patched model tells documents as its host does without a patch, which is not quite how LongNet tells them
+(document_ids.py): where a 2-D mask is given, `position_ids` that restart do not begin one.
 
 Letters: B batch, Q query tokens, N key tokens, D head dimension.
 """
