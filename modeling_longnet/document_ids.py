@@ -161,7 +161,7 @@ def find_pairs(
     return Documents(visible.expand(batch_size, -1, -1, -1), None, position_ids)
 
 
-def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Which tokens begin a new document, [B, Q]: where the positions [B, Q] do not go on by one.
 
     After padding a higher position goes on as well, be it that the positions count the padding or not.
@@ -237,7 +237,7 @@ def _read_ids(attention_mask: torch.Tensor, slots: torch.Tensor) -> Documents:
     return Documents(ids, order, _positions(ids)[:, slots], is_split)
 
 
-def _first_key(position_ids: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def first_key(position_ids: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Index of the key at which each row's first document begins by its `position_ids`, [B, 1]; all else is [B, Q]."""
     at = real.int().argmax(1, keepdim=True)  # a row may begin with padding, which has no place
     return (slots[at] - position_ids.gather(1, at)).clamp(min=0)
@@ -297,9 +297,9 @@ def find_documents(
     first = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # index at which the queries' documents begin
     if position_ids is not None:
         position_ids, real_queries = position_ids.expand(batch_size, -1), real[:, slots]
-        begins_of_queries = _document_begins(position_ids, real_queries)
+        begins_of_queries = document_begins(position_ids, real_queries)
         if not isinstance(query_offset, int) or query_offset > 0:
-            first = _first_key(position_ids, real_queries, slots)
+            first = first_key(position_ids, real_queries, slots)
         if attention_mask is None and not is_tracing(first) and not (begins_of_queries.any() or first.any()):
             return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
         begins = begins.index_copy(1, slots, begins_of_queries)

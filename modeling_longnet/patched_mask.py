@@ -22,7 +22,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .document_ids import check_position_ids, document_positions, order_of_padding_behind, side_by_side_order
+from .document_ids import (
+    check_position_ids,
+    document_begins,
+    document_positions,
+    first_key,
+    order_of_padding_behind,
+    side_by_side_order,
+)
 from .transformers_compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_of, causal_mask_function
 
 
@@ -168,17 +175,16 @@ class Layout:
 
 def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
-    batch, length = ids.shape
     begins = torch.zeros_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     if position_ids is None:
         return begins
-    position_ids = position_ids.expand(batch, -1)
-    index = (offset + torch.arange(position_ids.shape[1], device=ids.device)).expand(batch, -1)
-    jumps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+    position_ids = position_ids.expand(len(ids), -1)
+    real = torch.ones_like(position_ids, dtype=torch.bool)
+    queries = offset + torch.arange(position_ids.shape[1], device=ids.device)
+    begins = begins.index_copy(1, queries, begins[:, queries] | document_begins(position_ids, real))
     # The first query may go on with a document that began in an earlier chunk: its position says where.
-    first = (offset - position_ids[:, :1]).clamp(min=torch.zeros_like(offset), max=offset)
-    return begins.scatter(1, index, begins.gather(1, index) | jumps).scatter(1, first, True)
+    return begins.scatter(1, first_key(position_ids, real, queries), True)
 
 
 def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
