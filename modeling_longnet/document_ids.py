@@ -41,28 +41,6 @@ class Documents(NamedTuple):
     is_split: torch.Tensor | None = None
 
 
-def query_extent(
-    cache: Cache | None, query_length: int, device: torch.device, is_causal: bool = True
-) -> tuple[int | torch.Tensor, int]:
-    """Index of the first query among the keys (a 0-dim tensor for a static cache in use), and N.
-
-    Raises:
-        ValueError: for a bidirectional model with a cache that holds room for later tokens, which it would see.
-    """
-    if cache is None:
-        return 0, query_length
-    offset = cache.get_seq_length()
-    if isinstance(offset, torch.Tensor):
-        offset = offset.to(device) + 0  # a copy: the first layer's update moves the cache's own tensor on
-    key_length = cache.get_mask_sizes(query_length, 0)[0]
-    if not is_causal and (isinstance(offset, torch.Tensor) or key_length != offset + query_length):
-        raise ValueError(
-            "`cache` of a bidirectional model must hold nothing but its tokens, got "
-            f"{type(cache).__name__} with room for {key_length}."
-        )
-    return offset, key_length
-
-
 def holds_pairs(attention_mask: torch.Tensor | None) -> bool:
     """Whether it says who may look at whom, bool or floats [B, 1, Q, N]; document ids are integers."""
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
@@ -325,15 +303,29 @@ def read_documents(
     device: torch.device,
     is_causal: bool = True,
 ) -> tuple[int | torch.Tensor, Documents]:
-    """Index of the first query among the keys that the attention will be given, and the documents of those keys."""
+    """Index of the first query among the keys that the attention will be given (a 0-dim tensor for a static cache in
+    use), and the documents of those keys.
+
+    Raises:
+        ValueError: for a bidirectional model with a cache that holds room for later tokens, which it would see.
+    """
     # CODEPATH: a bounded cache has forgotten the earlier keys, and knows where each row's text goes on.
     if hasattr(cache, "read_documents"):
         return 0, cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
-    query_offset, key_length = query_extent(cache, query_length, device, is_causal)
+    offset, key_length = 0, query_length
+    if cache is not None:
+        offset, (key_length, _) = cache.get_seq_length(), cache.get_mask_sizes(query_length, 0)
+        if isinstance(offset, torch.Tensor):
+            offset = offset.to(device) + 0  # a copy: the first layer's update moves the cache's own tensor on
+        if not is_causal and (isinstance(offset, torch.Tensor) or key_length != offset + query_length):
+            raise ValueError(
+                "`cache` of a bidirectional model must hold nothing but its tokens, got "
+                f"{type(cache).__name__} with room for {key_length}."
+            )
     extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
     if holds_pairs(attention_mask):
-        return query_offset, find_pairs(attention_mask, position_ids, **extent)
-    return query_offset, find_documents(attention_mask, position_ids, query_offset=query_offset, **extent)
+        return offset, find_pairs(attention_mask, position_ids, **extent)
+    return offset, find_documents(attention_mask, position_ids, query_offset=offset, **extent)
 
 
 def _positions(document_ids: torch.Tensor) -> torch.Tensor:
