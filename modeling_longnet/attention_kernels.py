@@ -13,10 +13,13 @@ from typing import Protocol
 import torch
 from torch.autograd import forward_ad
 
+from .triton_attention import why_not_triton
+
 
 aten = torch.ops.aten
 # Looked for once: a forward that is being compiled could not.
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -139,7 +142,7 @@ class FlashAttention2:
         return tuple(g.transpose(1, 2)[..., :width] for g in grads)
 
 
-BACKENDS = ("eager", "sdpa", "flash_attention_2")
+BACKENDS = ("eager", "sdpa", "flash_attention_2", "triton")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -160,6 +163,8 @@ def why_not(backend: str, query: torch.Tensor, dropout: float) -> str | None:
         if device == "cuda" and query.dtype in _HALF and width > 256:
             return f"PyTorch's flash kernel takes head dimensions up to 256, got {width}"
         return None
+    if backend == "triton":
+        return why_not_triton(query) if HAS_TRITON else "Triton is not installed (pip install triton; Linux)"
     if not HAS_FLASH_ATTN:
         return "the flash-attn package is not installed (pip install flash-attn)"
     if device != "cuda" or query.dtype not in _HALF:
@@ -193,7 +198,16 @@ def refuse_tangents(backend: str, *tensors: torch.Tensor) -> None:
 
 
 def get_kernel(backend: str, query: torch.Tensor) -> type[Kernel]:
-    """The kernel behind a backend that `choose_backend` returned ("eager" has none)."""
+    """The kernel behind a backend that `choose_backend` returned ("eager" has none).
+
+    Raises:
+        ValueError: for "triton", which knows whole patterns and no blocks.
+    """
+    if backend == "triton":
+        raise ValueError(
+            "`backend='triton'` runs the operator with all keys at hand: no bounded cache, no memory, no sequence "
+            "parallelism. Use another backend, or None, with those."
+        )
     if backend == "flash_attention_2":
         return FlashAttention2
     if query.device.type == "cpu":
