@@ -192,6 +192,12 @@ class Rows:
         }  # fmt: skip
 
 
+def start_kernel(kernel, programs: int, arguments: dict, device: torch.device, shape: Tiles) -> None:
+    """Starts `programs` of a kernel."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](**arguments, num_warps=shape.num_warps, num_stages=shape.num_stages)
+
+
 class TritonCall:
     """One forward or backward: the tensors and what all of its launches have in common."""
 
@@ -225,12 +231,9 @@ class TritonCall:
         if programs >= 2**31:
             raise ValueError(f"`backend='triton'` would need {programs} programs in a launch; CUDA starts below 2**31.")
         stride = max(x.stride(2) for x in (self.query, self.key, self.value, *strided))
-        names = kernel.arg_names
         arguments = self.common | vars(shape) | arguments
         arguments["WIDE"] = max(shape.BM, shape.BN) * step * stride >= 2**31
-        launch = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-        with torch.cuda.device(self.query.device) if self.query.device.type == "cuda" else nullcontext():
-            kernel[(programs,)](**{name: arguments[name] for name in names}, **launch)
+        start_kernel(kernel, programs, {name: arguments[name] for name in kernel.arg_names}, self.query.device, shape)
 
     def pattern(self, launch: Launch) -> dict:
         """What a launch of a pattern tells its kernel."""
