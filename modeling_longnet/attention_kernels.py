@@ -205,8 +205,8 @@ def get_kernel(backend: str, query: torch.Tensor) -> type[Kernel]:
     """
     if backend == "triton":
         raise ValueError(
-            "`backend='triton'` runs the operator with all keys at hand: no bounded cache, no memory, no sequence "
-            "parallelism. Use another backend, or None, with those."
+            "`backend='triton'` wants all keys at hand: it runs no memory, no chunk behind a bounded cache, no "
+            "sequence parallelism. Use another backend, or None, with those."
         )
     if backend == "flash_attention_2":
         return FlashAttention2

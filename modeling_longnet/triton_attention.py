@@ -50,11 +50,13 @@ class Tiles:
 
 
 def choose_tiles(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
-    """By the compile check: the largest that do not spill registers on sm_80 and sm_90. No GPU has measured them yet."""
+    """By the compile check: large, and spilling no registers. No GPU has measured them yet."""
+    if kernel == "sink_grad":
+        return Tiles(min(64, 4096 // width), 16, 4, 1 if dtype == torch.float32 else 2)
     if dtype == torch.float32:
         return Tiles(32, 32, 4, 1) if width <= 64 else Tiles(16, 16, 4, 1)
     if width <= 64:
-        return Tiles(64, 64, 4, 2)
+        return Tiles(64, 64, 8, 2) if kernel == "key_grad" else Tiles(64, 64, 4, 2)
     return Tiles(64, 64, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
 
 
@@ -62,7 +64,7 @@ def why_not_triton(query: torch.Tensor) -> str | None:
     """The reason why these kernels cannot run on tensors like `query`, or None; Triton itself is there."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if query.device.type != "cuda" and not (interpreted and query.device.type == "cpu"):
-        return f"Triton runs on CUDA (elsewhere in its interpreter alone, TRITON_INTERPRET=1), got {query.device.type!r}"
+        return f"Triton runs on CUDA (elsewhere in its interpreter, TRITON_INTERPRET=1), got {query.device.type!r}"
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it runs float16, bfloat16 and float32, got {query.dtype}"
     if not 16 <= query.shape[-1] <= 256:
@@ -116,7 +118,7 @@ def _documents(ids: torch.Tensor, query_offset: int, queries: int) -> torch.Tens
     """(batch row, start, stop) of each document that has a query among those given, [documents, 3] on the CPU."""
     position, _ = document_positions(ids)
     starts = (position == 0).nonzero()
-    lines = torch.cat([starts, ids[starts[:, 0], starts[:, 1]][:, None].long()], dim=1).cpu()  # the one look at the device
+    lines = torch.cat([starts, ids[starts[:, 0], starts[:, 1]][:, None].long()], dim=1).cpu()
     stops = torch.full((len(lines),), ids.shape[1])
     same_row = lines[1:, 0] == lines[:-1, 0]
     stops[:-1][same_row] = lines[1:, 1][same_row]
@@ -177,7 +179,7 @@ class Rows:
         span = torch.minimum(end, length) - begin
         if not of_keys:
             span = torch.minimum(end, last) - torch.maximum(begin, first)
-        counts = -(-(-(-span // r)) // size)
+        counts = (span + r * size - 1) // (r * size)
         return self._finish(*_repeat(torch.stack([row, start, length, segment], dim=1), counts), not of_keys)
 
     def _finish(self, lines, tile, heavy_last=False):
@@ -202,9 +204,9 @@ class TritonCall:
     """One forward or backward: the tensors and what all of its launches have in common."""
 
     def __init__(self, query, key, value, document_ids, query_offset, schedule, head_start, total_heads, scale):
-        self.query, self.key, self.value = (_in_rows(x) for x in (query, key, value))
         if key.shape[2] > MAX_TOKENS:
             raise ValueError(f"`backend='triton'` takes up to {MAX_TOKENS} tokens, got {key.shape[2]}.")
+        self.query, self.key, self.value = (_in_rows(x) for x in (query, key, value))
         self.schedule, self.scale = schedule, scale
         self.rows = Rows(query, key, document_ids, query_offset)
         heads, groups, self.width = query.shape[1], key.shape[1], query.shape[-1]
@@ -215,7 +217,8 @@ class TritonCall:
         self.common = {
             "batch": len(query), "heads": heads, "groups": groups, "head_start": head_start,
             "total_heads": total_heads, "queries": query.shape[2], "length": key.shape[2],
-            "query_offset": query_offset, "sinks": min(schedule.num_sink_tokens, MAX_TOKENS), "scale": scale * 1.4426950408889634,
+            "query_offset": query_offset, "sinks": min(schedule.num_sink_tokens, MAX_TOKENS),
+            "scale": scale * 1.4426950408889634,  # log2(e): the kernels use powers of two
             "CAUSAL": schedule.is_causal, "D": self.width, "BD": max(16, 1 << (self.width - 1).bit_length()),
             "INTERPRETED": query.device.type == "cpu", **_strides("q", self.query), **_strides("k", self.key),
             **_strides("v", self.value),
@@ -229,7 +232,7 @@ class TritonCall:
         if not programs:
             return
         if programs >= 2**31:
-            raise ValueError(f"`backend='triton'` would need {programs} programs in a launch; CUDA starts below 2**31.")
+            raise ValueError(f"`backend='triton'` would start {programs} programs at once; CUDA starts below 2**31.")
         stride = max(x.stride(2) for x in (self.query, self.key, self.value, *strided))
         arguments = self.common | vars(shape) | arguments
         arguments["WIDE"] = max(shape.BM, shape.BN) * step * stride >= 2**31
@@ -274,7 +277,8 @@ def triton_forward(call: TritonCall, out: torch.Tensor, lse: torch.Tensor) -> No
         out.zero_()
     source = out
     if last > 0 and out.dtype != torch.float32 or not call.selects_all:
-        source = torch.empty_like(out, dtype=torch.float32) if call.selects_all else torch.zeros_like(out, dtype=torch.float32)
+        make = torch.empty_like if call.selects_all else torch.zeros_like
+        source = make(out, dtype=torch.float32)
     for index, launch in enumerate(call.launches):
         tiles, final = call.tiles("forward"), index == last
         where = call.rows.of(launch.w, launch.r, tiles.BM, False)
@@ -329,8 +333,8 @@ def _key_grads(call: TritonCall, launch: Launch, shared: dict, key_grad, value_g
     tiles, offsets = call.tiles("key_grad"), call.offsets(launch.r)
     where = call.rows.of(launch.w, launch.r, tiles.BN, True)
     call.run(
-        key_grad_kernel, where["entries"] * call.common["groups"] * offsets, tiles, (shared["GRAD"], key_grad), launch.r,
-        **where, **call.pattern(launch), **shared, **_strides("d", key_grad), DK=key_grad, DV=value_grad,
+        key_grad_kernel, where["entries"] * call.common["groups"] * offsets, tiles, (shared["GRAD"], key_grad),
+        launch.r, **where, **call.pattern(launch), **shared, **_strides("d", key_grad), DK=key_grad, DV=value_grad,
         offsets=offsets,
     )  # fmt: skip
 
@@ -339,8 +343,7 @@ def _sink_grads(call: TritonCall, shared: dict, key_grad, value_grad) -> None:
     """Every query sees the sinks: stretches of them are summed apart, then the sums."""
     from .triton_key_kernels import add_sinks_kernel, sink_grad_kernel
 
-    tiles, groups = call.tiles("key_grad"), call.common["groups"]
-    tiles = Tiles(tiles.BM, 16, tiles.num_warps, tiles.num_stages)
+    tiles, groups = call.tiles("sink_grad"), call.common["groups"]
     where = call.rows.of_sinks(call.schedule.num_sink_tokens, tiles.BN)
     entries = where["entries"]
     stretches = -(-min(call.rows.reach, call.common["queries"]) // 1024)

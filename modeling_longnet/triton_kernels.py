@@ -1,16 +1,17 @@
 """Triton kernels of dilated attention that own queries: forward, row sums for the backward, gradient of the queries.
 
-One launch per pattern, longest first. A program owns some rows of one segment that one head selects, and starts from the
-(out, log-sum-exp) that the longer patterns left for them: running maximum lse, running sum 1, accumulator out. So nothing
-is gathered and nothing is merged. No two programs write the same row: results do not depend on the order of programs.
+One launch per pattern, longest first. A program owns some rows of one segment that one head selects, and starts from
+the (out, log-sum-exp) that the longer patterns left for them: running maximum m = lse, running sum z = 1, accumulator
+acc = out. So nothing is gathered and nothing is merged. No two programs write the same row, so nothing depends on
+their order.
 
-A segment seen by one head is a *lattice*: rows m = 0, 1, ... at positions origin + rate * m of the document, a matrix of
+A segment seen by one head is a *lattice*: rows 0, 1, ... at positions origin + rate * row of the document, a matrix of
 row stride rate * stride, read in place. What a query sees of it is a range of lattice rows, [low, limit), unless
 `overlap="once"` leaves out keys of patterns that are not nested: then ids of segments are compared (EARLIER_W,
 EARLIER_R). Key tiles that all rows of a program see whole take the loop without masks.
 
-Letters: B batch, H query heads, G key/value heads, D head dimension, BM rows of queries and BN rows of keys in a tile, BD
-D filled up to a power of two. Positions and lattice rows are int32; every address starts from an int64 base.
+Letters: B batch, H query heads, G key/value heads, D head dimension, BM rows of queries and BN rows of keys in a tile,
+BD D filled up to a power of two. Positions and lattice rows are int32; every address starts from an int64 base.
 
 Imported only when the backend "triton" runs; without Triton the functions below are plain and never called.
 """
@@ -42,7 +43,7 @@ def jit(function):
 
 @jit
 def rows_below(distance, rate):
-    """How many lattice rows m >= 0 have rate * m < distance."""
+    """How many lattice rows have rate * row < distance."""
     return tl.maximum(distance + rate - 1, 0) // rate
 
 
@@ -76,6 +77,24 @@ def find_tile(
             tile = tiles - 1 - tile
         row = ((entry % places) // segments).to(tl.int64)
         return row, 0, length, first_segment + entry % segments, tile
+
+
+@jit
+def find_queries(pid, TABLE, batch, head_start, total_heads, queries, length, query_offset, entries, first_segment,
+                 segments, tiles, segment_length, rate, CONTIGUOUS: tl.constexpr, PACKED: tl.constexpr,
+                 BM: tl.constexpr):  # fmt: skip
+    """What the program owns: (batch row, head, start and length of the document, origin and rows of the lattice, its
+    first row, the end of the rows that are queries)."""
+    b, start, length, segment, tile = find_tile(
+        pid % entries, TABLE, batch, length, first_segment, segments, tiles, PACKED, True
+    )
+    head = head_start + pid // entries
+    s = head_offset(head, total_heads, rate, CONTIGUOUS)
+    origin = segment * segment_length + s
+    rows = rows_below(tl.minimum(segment_length - s, length - origin), rate)
+    row = rows_below(query_offset - start - origin, rate) + tile * BM
+    row_stop = tl.minimum(rows, rows_below(query_offset + queries - start - origin, rate))
+    return b, head, start, length, origin, rows, row, row_stop
 
 
 @jit
@@ -154,8 +173,9 @@ def hide_earlier(seen, p, k, head, total_heads, CONTIGUOUS: tl.constexpr, EARLIE
 
 
 @jit
-def key_ranges(first, last, origin, rate, rows, sinks, window, dense, inner, CAUSAL: tl.constexpr, LOCAL: tl.constexpr,
-               AFTER_WINDOW: tl.constexpr, INNER: tl.constexpr, ALL_MASKED: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def key_ranges(first, last, origin, rate, rows, sinks, window, dense, inner, CAUSAL: tl.constexpr,
+               LOCAL: tl.constexpr, AFTER_WINDOW: tl.constexpr, INNER: tl.constexpr, ALL_MASKED: tl.constexpr,
+               BN: tl.constexpr):  # fmt: skip
     """For queries at positions first..last: (begin, a, b, stop). Keys of [a, b) are seen by all of them.
 
     [begin, a) and [a, b) are whole tiles; the keys before `begin` are sinks or seen by none, as are those from `stop`.
@@ -189,11 +209,11 @@ def visible_keys(column, low, limit, p, origin, rate, head, total_heads, CONTIGU
 
 
 @jit
-def attend_tile(q, m, l, acc, K, V, column, rows, k_step, v_step, scale, low, limit, p, origin, rate, head, total_heads,
+def attend_tile(q, m, z, acc, K, V, column, rows, k_step, v_step, scale, low, limit, p, origin, rate, head, total_heads,
                 MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, LOCAL: tl.constexpr, EARLIER_W: tl.constexpr,
                 EARLIER_R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
                 INTERPRETED: tl.constexpr):  # fmt: skip
-    """One step of the running softmax, in powers of two: the state (m, l, acc) with one more tile of keys."""
+    """One step of the running softmax, in powers of two: the state (m, z, acc) with one more tile of keys."""
     k = load_rows(K, column, rows, k_step, D, BN, BD, MASKED, WIDE)
     x = product(q, tl.trans(k), INTERPRETED) * scale
     if MASKED:
@@ -208,7 +228,7 @@ def attend_tile(q, m, l, acc, K, V, column, rows, k_step, v_step, scale, low, li
     shrink = tl.exp2(m - shift)
     v = load_rows(V, column, rows, v_step, D, BN, BD, MASKED, WIDE)
     acc = acc * shrink[:, None] + product(e.to(v.dtype), v, INTERPRETED)
-    return larger, l * shrink + tl.sum(e, 1), acc
+    return larger, z * shrink + tl.sum(e, 1), acc
 
 
 @jit
@@ -225,19 +245,14 @@ def forward_kernel(Q, K, V, SOURCE, TARGET, LSE, TABLE, q_batch, q_head, q_token
     FIRST: there is no sum so far, and SOURCE is not read. SOURCE and TARGET share strides, LSE is [B, H, Q].
     """
     pid = tl.program_id(0)
-    b, start, length, segment, tile = find_tile(
-        pid % entries, TABLE, batch, length, first_segment, segments, tiles, PACKED, True
-    )
-    h = (pid // entries).to(tl.int64)
-    g = h // (heads // groups)
-    head = head_start + pid // entries
-    s = head_offset(head, total_heads, rate, CONTIGUOUS)
-    origin = segment * segment_length + s
-    rows = rows_below(tl.minimum(segment_length - s, length - origin), rate)
-    row = rows_below(query_offset - start - origin, rate) + tile * BM
-    row_stop = tl.minimum(rows, rows_below(query_offset + queries - start - origin, rate))
+    b, head, start, length, origin, rows, row, row_stop = find_queries(
+        pid, TABLE, batch, head_start, total_heads, queries, length, query_offset, entries, first_segment, segments,
+        tiles, segment_length, rate, CONTIGUOUS, PACKED, BM
+    )  # fmt: skip
     if row >= row_stop:
         return
+    h = (pid // entries).to(tl.int64)
+    g = h // (heads // groups)
     r = row + tl.arange(0, BM)
     p = origin + rate * r
     token = tl.cast(start + origin, tl.int64)
@@ -252,13 +267,13 @@ def forward_kernel(Q, K, V, SOURCE, TARGET, LSE, TABLE, q_batch, q_head, q_token
         m = tl.load(sums, mask=r < row_stop, other=float("-inf")) * 1.4426950408889634
         acc = load_rows(SOURCE + place, row, row_stop, rate * o_token, D, BM, BD, True, WIDE).to(tl.float32)
         acc = tl.where((m == float("-inf"))[:, None], 0.0, acc)
-    l = tl.where(m == float("-inf"), 0.0, 1.0)
+    z = tl.where(m == float("-inf"), 0.0, 1.0)
     key_base = K + b * k_batch + g * k_head
     value_base = V + b * v_batch + g * v_head
     if KEYS:
         begin, a, free, stop = key_ranges(
-            origin + rate * row, origin + rate * (tl.minimum(row + BM, row_stop) - 1), origin, rate, rows, sinks, window,
-            dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER, len(EARLIER_W) > 0, BN
+            origin + rate * row, origin + rate * (tl.minimum(row + BM, row_stop) - 1), origin, rate, rows, sinks,
+            window, dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER, len(EARLIER_W) > 0, BN
         )  # fmt: skip
         limit = key_limit(p, origin, rate, rows, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
         low = p
@@ -267,16 +282,16 @@ def forward_kernel(Q, K, V, SOURCE, TARGET, LSE, TABLE, q_batch, q_head, q_token
         k_rows = key_base + token * k_token
         v_rows = value_base + token * v_token
         for column in tl.range(a, free, BN):
-            m, l, acc = attend_tile(
-                q, m, l, acc, k_rows, v_rows, column, rows, rate * k_token, rate * v_token, scale, low, limit, p,
+            m, z, acc = attend_tile(
+                q, m, z, acc, k_rows, v_rows, column, rows, rate * k_token, rate * v_token, scale, low, limit, p,
                 origin, rate, head, total_heads, False, CONTIGUOUS, LOCAL, EARLIER_W, EARLIER_R, D, BD, BN, WIDE,
                 INTERPRETED
             )  # fmt: skip
         before = (a - begin) // BN
         for i in tl.range(0, before + rows_below(stop - free, BN)):
             column = tl.where(i < before, begin + i * BN, free + (i - before) * BN)
-            m, l, acc = attend_tile(
-                q, m, l, acc, k_rows, v_rows, column, rows, rate * k_token, rate * v_token, scale, low, limit, p,
+            m, z, acc = attend_tile(
+                q, m, z, acc, k_rows, v_rows, column, rows, rate * k_token, rate * v_token, scale, low, limit, p,
                 origin, rate, head, total_heads, True, CONTIGUOUS, LOCAL, EARLIER_W, EARLIER_R, D, BD, BN, WIDE,
                 INTERPRETED
             )  # fmt: skip
@@ -287,8 +302,8 @@ def forward_kernel(Q, K, V, SOURCE, TARGET, LSE, TABLE, q_batch, q_head, q_token
             limit = tl.minimum(limit, p + 1)
         first_key = tl.cast(start, tl.int64)
         for column in tl.range(0, count, BN):
-            m, l, acc = attend_tile(
-                q, m, l, acc, key_base + first_key * k_token, value_base + first_key * v_token, column, count, k_token,
+            m, z, acc = attend_tile(
+                q, m, z, acc, key_base + first_key * k_token, value_base + first_key * v_token, column, count, k_token,
                 v_token, scale, limit, limit, p, 0, 1, head, total_heads, True, CONTIGUOUS, False, (), (), D, BD, BN,
                 WIDE, INTERPRETED
             )  # fmt: skip
@@ -297,12 +312,12 @@ def forward_kernel(Q, K, V, SOURCE, TARGET, LSE, TABLE, q_batch, q_head, q_token
         larger = tl.where(zeros > 0, tl.maximum(m, 0.0), m)
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         shrink = tl.exp2(m - shift)
-        l = l * shrink + zeros * tl.exp2(-shift)
+        z = z * shrink + zeros * tl.exp2(-shift)
         acc = acc * shrink[:, None]
         m = larger
-    total = tl.where(l == 0.0, 1.0, l)
+    total = tl.where(z == 0.0, 1.0, z)
     store_rows(TARGET + place, row, row_stop, rate * o_token, acc / total[:, None], D, BM, BD, WIDE)
-    lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
+    lse = tl.where(z == 0.0, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
     tl.store(sums, lse, mask=r < row_stop)
 
 
@@ -322,8 +337,8 @@ def row_sums_kernel(GRAD, OUT, SUMS, g_batch, g_head, g_token, o_batch, o_head, 
 
 
 @jit
-def query_grad_tile(q, grad, lse, sums, dq, K, V, column, rows, k_step, v_step, scale, low, limit, p, origin, rate, head,
-                    total_heads, MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, LOCAL: tl.constexpr,
+def query_grad_tile(q, grad, lse, sums, dq, K, V, column, rows, k_step, v_step, scale, low, limit, p, origin, rate,
+                    head, total_heads, MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, LOCAL: tl.constexpr,
                     EARLIER_W: tl.constexpr, EARLIER_R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                     BN: tl.constexpr, WIDE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """dq with the share of one more tile of keys: dS @ K, where dS = P * (dO @ V' - rowsum(dO * O))."""
@@ -352,19 +367,14 @@ def query_grad_kernel(Q, K, V, GRAD, LSE, SUMS, SOURCE, TARGET, TABLE, q_batch, 
     `factor` is that of the logits, and `scale` the same in powers of two.
     """
     pid = tl.program_id(0)
-    b, start, length, segment, tile = find_tile(
-        pid % entries, TABLE, batch, length, first_segment, segments, tiles, PACKED, True
-    )
-    h = (pid // entries).to(tl.int64)
-    g = h // (heads // groups)
-    head = head_start + pid // entries
-    s = head_offset(head, total_heads, rate, CONTIGUOUS)
-    origin = segment * segment_length + s
-    rows = rows_below(tl.minimum(segment_length - s, length - origin), rate)
-    row = rows_below(query_offset - start - origin, rate) + tile * BM
-    row_stop = tl.minimum(rows, rows_below(query_offset + queries - start - origin, rate))
+    b, head, start, length, origin, rows, row, row_stop = find_queries(
+        pid, TABLE, batch, head_start, total_heads, queries, length, query_offset, entries, first_segment, segments,
+        tiles, segment_length, rate, CONTIGUOUS, PACKED, BM
+    )  # fmt: skip
     if row >= row_stop:
         return
+    h = (pid // entries).to(tl.int64)
+    g = h // (heads // groups)
     r = row + tl.arange(0, BM)
     p = origin + rate * r
     token = tl.cast(start + origin, tl.int64)
@@ -383,8 +393,8 @@ def query_grad_kernel(Q, K, V, GRAD, LSE, SUMS, SOURCE, TARGET, TABLE, q_batch, 
     value_base = V + b * v_batch + g * v_head
     if KEYS:
         begin, a, free, stop = key_ranges(
-            origin + rate * row, origin + rate * (tl.minimum(row + BM, row_stop) - 1), origin, rate, rows, sinks, window,
-            dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER, len(EARLIER_W) > 0, BN
+            origin + rate * row, origin + rate * (tl.minimum(row + BM, row_stop) - 1), origin, rate, rows, sinks,
+            window, dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER, len(EARLIER_W) > 0, BN
         )  # fmt: skip
         limit = key_limit(p, origin, rate, rows, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
         low = p

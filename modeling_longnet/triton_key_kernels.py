@@ -13,7 +13,7 @@ try:
 except ImportError:
     tl = None
 
-from .triton_kernels import find_tile, head_offset, hide_earlier, jit, load_rows, product, rows_below, store_rows
+from .triton_kernels import find_tile, hide_earlier, jit, load_rows, product, rows_below, store_rows
 
 
 @jit
@@ -77,8 +77,8 @@ def key_grad_tile(k, v, dk, dv, Q, GRAD, LSE, SUMS, row, row_stop, q_step, g_ste
 
 
 @jit
-def key_grad_kernel(Q, K, V, GRAD, LSE, SUMS, DK, DV, TABLE, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch,
-                    v_head, v_token, g_batch, g_head, g_token, d_batch, d_head, d_token, batch, heads, groups,
+def key_grad_kernel(Q, K, V, GRAD, LSE, SUMS, DK, DV, TABLE, q_batch, q_head, q_token, k_batch, k_head, k_token,
+                    v_batch, v_head, v_token, g_batch, g_head, g_token, d_batch, d_head, d_token, batch, heads, groups,
                     head_start, total_heads, queries, length, query_offset, entries, first_segment, segments, tiles,
                     segment_length, rate, offsets, sinks, window, dense, inner, scale, factor, CAUSAL: tl.constexpr,
                     CONTIGUOUS: tl.constexpr, LOCAL: tl.constexpr, AFTER_WINDOW: tl.constexpr, INNER: tl.constexpr,
@@ -111,7 +111,8 @@ def key_grad_kernel(Q, K, V, GRAD, LSE, SUMS, DK, DV, TABLE, q_batch, q_head, q_
     to_row = from_row * 0 + row_stop
     first_key = origin + rate * column
     last_key = origin + rate * (tl.minimum(column + BN, rows) - 1)
-    begin = tl.maximum(first_row, first_query(first_key, origin, rate, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER))
+    begin = first_query(first_key, origin, rate, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
+    begin = tl.maximum(begin, first_row)
     stop = row_stop
     free_stop = row_stop
     if LOCAL:  # seen by the queries of a window after it, or by the dense start
@@ -161,12 +162,12 @@ def key_grad_kernel(Q, K, V, GRAD, LSE, SUMS, DK, DV, TABLE, q_batch, q_head, q_
 
 
 @jit
-def sink_grad_kernel(Q, K, V, GRAD, LSE, SUMS, PART_K, PART_V, TABLE, q_batch, q_head, q_token, k_batch, k_head, k_token,
-                     v_batch, v_head, v_token, g_batch, g_head, g_token, batch, heads, groups, queries, length,
+def sink_grad_kernel(Q, K, V, GRAD, LSE, SUMS, PART_K, PART_V, TABLE, q_batch, q_head, q_token, k_batch, k_head,
+                     k_token, v_batch, v_head, v_token, g_batch, g_head, g_token, batch, heads, groups, queries, length,
                      query_offset, entries, tiles, sinks, scale, chunks, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
                      D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
                      INTERPRETED: tl.constexpr):  # fmt: skip
-    """Gradients of the sinks by one of `chunks` stretches of queries: PART_K and PART_V, [chunks, G, entries, BN, BD]."""
+    """Gradients of the sinks by one of `chunks` stretches of queries: PART_K, PART_V [chunks, G, entries, BN, BD]."""
     pid = tl.program_id(0)
     b, start, length, _, tile = find_tile(pid % entries, TABLE, batch, length, 0, 1, tiles, PACKED, False)
     rest = pid // entries

@@ -4,8 +4,8 @@
     python -m examples.benchmarks.triton_compile_check --arch 90 --head_dim 64 --dtype bfloat16
 
 The operator runs on tensors without memory; each launch it asks for is compiled, with the very arguments, instead of
-started. Triton's package brings the compiler (ptxas) and the disassembler along. Ends with an error if a kernel does not
-compile, and prints what spills registers to memory; `--strict` makes that an error too.
+started. Triton's package brings the compiler (ptxas) and the disassembler along. Ends with an error if a kernel does
+not compile, and prints what spills registers to memory; `--strict` makes that an error too.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 
 from examples.reporting import provenance, write_json
 from modeling_longnet import triton_attention
+from modeling_longnet.attention_kernels import HAS_TRITON
 from modeling_longnet.dilation_schedule import DilationSchedule
 
 
@@ -30,14 +31,16 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", t
 SCHEDULES = {
     "count": DilationSchedule((2048, 4096), (1, 2)),
     "bidirectional": DilationSchedule((2048, 4096), (1, 2), is_causal=False, padding="zeros"),
-    "once, sinks, window": DilationSchedule((256, 1024, 4096), (1, 4, 16), overlap="once", num_sink_tokens=4, local="sliding"),
+    "once, sinks, window": DilationSchedule(
+        (256, 1024, 4096), (1, 4, 16), overlap="once", num_sink_tokens=4, local="sliding"
+    ),
     "once, not nested": DilationSchedule((256, 1000), (1, 3), overlap="once", head_offsets="contiguous"),
     "sinks alone": DilationSchedule((256, 1024), (2, 4), num_sink_tokens=4),
 }
 
 
-def record_launches(schedule: DilationSchedule, dtype: torch.dtype, width: int, packed: bool = False, length: int = 8192,
-                    heads: int = 8, groups: int = 2) -> list[tuple[Any, dict, Any]]:  # fmt: skip
+def record_launches(schedule: DilationSchedule, dtype: torch.dtype, width: int, packed: bool = False,
+                    length: int = 8192, heads: int = 8, groups: int = 2) -> list[tuple[Any, dict, Any]]:  # fmt: skip
     """(kernel, arguments, tiles) of every launch of a forward and backward, none of which is started."""
     query = torch.empty(2, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
     key, value = (torch.empty(2, length, groups, width, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
@@ -102,13 +105,15 @@ def compile_kernel(kernel: Any, arguments: dict, tiles: Any, arch: int) -> dict[
     }  # fmt: skip
 
 
-def check(archs: list[int], dtypes: list[str], widths: list[int], report: Callable[[dict], None]) -> list[dict]:
+def check(archs: list[int], dtypes: list[str], widths: list[int], schedules: list[str],
+          report: Callable[[dict], None]) -> list[dict]:  # fmt: skip
     """Compiles what every schedule launches; launches that would be compiled alike are compiled once."""
     rows, seen = [], set()
     for arch in archs:
         for dtype in dtypes:
             for width in widths:
-                for name, schedule in SCHEDULES.items():
+                for name in schedules:
+                    schedule = SCHEDULES[name]
                     for packed in (False, True) if name == "count" else (False,):
                         for kernel, arguments, tiles in record_launches(schedule, getattr(torch, dtype), width, packed):
                             key = str((arch, kernel.__name__, *signature_of(kernel, arguments), tiles))
@@ -129,23 +134,24 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], help="compute capabilities")
     parser.add_argument("--head_dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--strict", action="store_true", help="spilled registers are an error")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing. Unset it.")
-    if not hasattr(triton_attention, "start_kernel"):
-        parser.error("no Triton")
+    if not HAS_TRITON:
+        parser.error("Triton is not installed (pip install triton; Linux).")
 
     def report(row):
         print(
             f"{row['kernel']:18} sm_{row['arch']} {row['dtype']} D={row['head_dim']} {row['schedule']:20} "
-            f"{row['BM']}x{row['BN']} warps {row['num_warps']} stages {row['num_stages']}: registers {row['registers']}, "
-            f"spilled {row['spilled_bytes']}, shared {row['shared_kib']:.0f} KiB, wgmma {row['wgmma']}, mma {row['mma']}, "
-            f"async copies {row['async_copies']}", flush=True,
+            f"{row['BM']}x{row['BN']} warps {row['num_warps']} stages {row['num_stages']}: "
+            f"registers {row['registers']}, spilled {row['spilled_bytes']}, "
+            f"shared {row['shared_kib']:.0f} KiB, wgmma {row['wgmma']}, mma {row['mma']}, async copies {row['async_copies']}", flush=True,
         )  # fmt: skip
 
-    rows = check(args.arch, args.dtype, args.head_dim, report)
+    rows = check(args.arch, args.dtype, args.head_dim, args.schedule, report)
     spills = [row for row in rows if row["spilled_bytes"]]
     print(f"{len(rows)} kernels compiled, {len(spills)} of them spill registers")
     if args.output:
