@@ -1,6 +1,6 @@
 """Reads a long text once, and answers questions about facts that were planted in it, far beyond the model's window.
 
-    python examples/ask_a_book.py --length 16384 --output runs/ask-a-book
+    python -m examples.ask_a_book --length 16384 --output-dir runs/ask-a-book
 
 The model is patched with a memory. It reads the text by chunks into a cache, which is saved: asked again, it does not
 read again. After each answer the cache forgets the question (`crop`), so that questions do not see each other.
@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from examples.reporting import provenance, write_json
+from examples.smollm2 import smollm2_135m
+from examples.texts import load_text
 from modeling_longnet import DilatedCache, patch_model
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
 from modeling_longnet.transformers_compat import named_cache
-from reporting import provenance, write_json
-from smollm2 import smollm2_135m
-from texts import load_text
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--length", type=int, default=16384, help="tokens of the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
     parser.add_argument("--chunk-size", type=int, default=1024)
-    parser.add_argument("--output", type=Path, default=Path("runs/ask-a-book"), help="for the cache and the answers")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="of cache and answers")
     options = parser.parse_args(arguments)
     path = options.model or str(smollm2_135m())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> dict:
     patch_model(model, segment_lengths=[512], dilation_rates=[1], memory=MEMORY)
     book = encode(load_text(options.text)[: options.length * 8])[: options.length]
     text, facts = plant(book, encode, options.questions)
-    file, began = options.output / f"{options.length}.safetensors", time.perf_counter()
+    file, began = options.output_dir / f"{options.length}.safetensors", time.perf_counter()
     if file.exists():
         cache, _ = load_cache(file, model)
     else:
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "seconds to read": round(seconds, 1), "bytes": cache.memory_footprint(), "memory": MEMORY, "right": right,
         "answers": answers,
     }  # fmt: skip
-    write_json(options.output / f"{options.length}.json", result)
+    write_json(options.output_dir / f"{options.length}.json", result)
     return result
 
 

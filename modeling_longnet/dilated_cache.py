@@ -16,7 +16,7 @@ from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import DilatedLayer, Step, dilated_layer_indices
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
-from .document_ids import Documents, find_documents, restore_order
+from .document_ids import Documents, find_documents, order_of_padding_behind, restore_order
 from .transformers_compat import (
     LinearAttentionCacheLayerMixin,
     attention_of,
@@ -40,11 +40,8 @@ def _padding_first(documents: Documents) -> Documents:
     ids = documents.ids
     if ids is None or documents.order is not None or torch.compiler.is_compiling():
         return documents
-    padding = ids < 0
-    if not (padding[:, 1:] & ~padding[:, :-1]).any():
-        return documents
-    order = (~padding).to(torch.uint8).argsort(dim=1, stable=True)
-    return documents._replace(ids=ids.gather(1, order), order=order)
+    order = order_of_padding_behind(ids >= 0)
+    return documents if order is None else documents._replace(ids=ids.gather(1, order), order=order)
 
 
 def _check_padding(ids: torch.Tensor, has_waiting: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ def _flatten(cache) -> tuple[list[torch.Tensor], dict]:
         raise ValueError(f"`cache` of a model with rope_type {cache.rope[0]!r} cannot be part of an exported program.")
     context = {
         "layers": len(layers),
-        "schedule": {name: list(x) if isinstance(x, tuple) else x for name, x in cache.schedule.as_arguments().items()},
+        "schedule": cache.schedule.as_arguments(),
         "heads_per_key": layers[0].heads_per_key,
         "max_length": layers[0].max_length,
         "had_padding_behind": bool(cache.had_padding_behind),

@@ -7,17 +7,16 @@ D head dimension, w segment length, r dilation rate, s offset of a head, i patte
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from .memory_spec import MemorySpec
 from .transformers_compat import text_config_of
 
 
-HEAD_OFFSETS = ("modulo", "contiguous")
-OVERLAPS = ("count", "once")
-PADDINGS = ("mask", "zeros")
-LOCALS = ("segment", "sliding")
-
-
+CHOICES = {
+    "head_offsets": ("modulo", "contiguous"), "overlap": ("count", "once"), "padding": ("mask", "zeros"),
+    "local": ("segment", "sliding"),
+}  # fmt: skip
 LARGEST = 2**62  # what tensors can count with
 
 
@@ -58,11 +57,6 @@ def _check_integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     if any(later < earlier for earlier, later in zip(values, values[1:])):
         raise ValueError(f"`{name}` must not decrease from one pattern to the next, got {list(values)!r}.")
     return tuple(values)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -128,10 +122,10 @@ class DilationSchedule:
                 raise ValueError(f"`dilation_rates` must not exceed their segment length, got rate {r} for length {w}.")
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"`is_causal` must be True or False, got {self.is_causal!r}.")
-        _check_choice("head_offsets", self.head_offsets, HEAD_OFFSETS)
-        _check_choice("overlap", self.overlap, OVERLAPS)
-        _check_choice("padding", self.padding, PADDINGS)
-        _check_choice("local", self.local, LOCALS)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
         sinks = as_integer(self.num_sink_tokens)
         if sinks is None or not 0 <= sinks <= LARGEST:
             raise ValueError(f"`num_sink_tokens` must be an integer of at least 0, got {self.num_sink_tokens!r}.")
@@ -176,30 +170,47 @@ class DilationSchedule:
         Raises:
             ValueError: a configuration without a schedule.
         """
-        config = text_config_of(config)
+        if not hasattr(config, "dilated_attention") and not hasattr(config, "segment_lengths"):
+            config = text_config_of(config)
         settings = getattr(config, "dilated_attention", None)
         if settings is None:
-            settings = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+            settings = {name: getattr(config, name) for name in _FIELDS if hasattr(config, name)}
         if "segment_lengths" not in settings:
             raise ValueError(
                 "`config` must be that of a LongNet or of a patched model, got "
                 f"{type(config).__name__} without a schedule."
             )
-        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
+        return cls(**{name: settings[name] for name in _FIELDS if name in settings})
+
+    def to_text(self) -> str:
+        """The schedule without its memory, as registered operators take it, which take no Python objects."""
+        lists = (",".join([str(x) for x in values]) for values in (self.segment_lengths, self.dilation_rates))
+        flags = (self.head_offsets, self.overlap, self.padding, self.local)
+        return ";".join([*lists, str(int(self.is_causal)), str(self.num_sink_tokens), *flags])
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def from_text(text: str) -> "DilationSchedule":
+        """What `to_text` wrote."""
+        lengths, rates, is_causal, sinks, head_offsets, overlap, padding, local = text.split(";")
+        lengths, rates = ([int(x) for x in values.split(",")] for values in (lengths, rates))
+        return DilationSchedule(lengths, rates, is_causal == "1", head_offsets, overlap, int(sinks), padding, local)
 
     @property
     def patterns(self) -> tuple[tuple[int, int], ...]:
         """The pairs (w_i, r_i)."""
         return tuple(zip(self.segment_lengths, self.dilation_rates))
 
+    @property
+    def dilated_patterns(self) -> tuple[tuple[int, int, int], ...]:
+        """(i, w_i, r_i) of all patterns but the one that a sliding window replaces."""
+        return tuple((i, w, r) for i, (w, r) in enumerate(self.patterns) if i or not self.window)
+
     def as_arguments(self) -> dict:
-        """The keyword arguments of `dilated_attention` that say the same."""
-        arguments = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.memory is None:
-            del arguments["memory"]
-        else:
-            arguments["memory"] = self.memory.to_dict()
-        return arguments
+        """The keyword arguments of `dilated_attention` that say the same, as JSON holds them."""
+        arguments = {name: getattr(self, name) for name in _FIELDS if name != "memory" or self.memory is not None}
+        arguments |= {"segment_lengths": [*self.segment_lengths], "dilation_rates": [*self.dilation_rates]}
+        return arguments if self.memory is None else arguments | {"memory": self.memory.to_dict()}
 
     def of_layer(self, layer_idx: int) -> "DilationSchedule":
         """The schedule of a layer: this one, or without its memory where the layer has none."""
@@ -235,3 +246,6 @@ class DilationSchedule:
     def selects_every_query(self) -> bool:
         """Whether each query sees at least itself, whatever its position and head."""
         return self.dilation_rates[0] == 1 or self.num_sink_tokens > 0
+
+
+_FIELDS = tuple(field.name for field in fields(DilationSchedule))

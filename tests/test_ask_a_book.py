@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ask_a_book import ask, plant, read
+from examples.ask_a_book import ask, plant, read
 from modeling_longnet import patch_model
 
 
