@@ -15,7 +15,7 @@ from .memory_files import bases_fingerprint
 
 
 FORMAT = "longnet-dilated-cache-1"
-STORED = ("keys", "values", "index", "far_index")  # what a layer may hold, by name
+STORED = ("keys", "values", "index", "far")  # what a layer may hold, by name
 SAMPLES = 64  # values of each weight that enter the fingerprint; training changes nearly all of them
 
 

@@ -14,11 +14,15 @@ from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward
 from .attention_kernels import get_kernel
 from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule
-from .memory_pieces import PAIRS, PieceAttention, Stretch, make_pieces
+from .memory_pieces import PAIRS, PieceAttention, Stretch
 from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
-from .memory_search import NO_BLOCK, MemoryBasis, Ranking, choose_blocks
+from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks
+from .memory_store import StoredKeys
+
+
+FETCHED = 2**18  # tokens that one stretch of queries may have fetched for it
 
 
 @dataclass(frozen=True)
@@ -87,34 +91,47 @@ class MemoryCall:
         return torch.tensor(offsets, dtype=torch.long, device=device).view(-1, self.num_heads)
 
 
-def _stretches(call: MemoryCall, reads: torch.Tensor, query, key, value) -> Iterator[tuple]:
+def _stretches(call: MemoryCall, reads: torch.Tensor, query, keys: "DenseKeys | StoredKeys") -> Iterator[tuple]:
     """Per row, key/value head and stretch of queries that is read in one go: the row and head, where the queries lie in
     [B, H, Q], and their attention to what they read."""
     _, heads, length, count = reads.shape
     size = call.schedule.memory.block_size
     per_group = heads // call.num_kv_heads
     offsets = call.offsets(reads.device)
-    clamps = call.clamps(length)
-    by_rows = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and not clamps
-    tile = max(1, PAIRS // (per_group * count))
-    if clamps:
-        reads = call.mark_far(reads, key.shape[2] // size)
+    inv_freq = call.inv_freq if call.clamps(length) else None
+    is_stored, attention = isinstance(keys, StoredKeys), part_attention(query.device)
+    blocks = (keys.end if is_stored else keys.key.shape[2]) // size
+    tile = max(1, (FETCHED // size if is_stored else PAIRS) // (per_group * count))
+    reads = call.mark_far(reads, blocks)
     for row in range(len(reads)):
         for group in range(call.num_kv_heads):
             own = slice(group * per_group, (group + 1) * per_group)
-            blocks = [_in_blocks(x, row, group, size).contiguous() for x in (key, value)]
+            if not is_stored:
+                pair = [_in_blocks(x, row, group, size).contiguous() for x in (keys.key, keys.value)]
             for begin in range(0, length, tile):
                 at = row, own, slice(begin, min(begin + tile, length))
-                read = reads[at].flatten(0, 1)
-                stretch = Stretch(
-                    call.schedule, call.start + begin, at[2].stop - begin, offsets[:, own], call.scale,
-                    call.inv_freq if clamps else None,
-                )  # fmt: skip
+                read, numbers = reads[at].flatten(0, 1), None
                 read = read[:, (read >= 0).any(0)]
                 if not read.shape[1]:
                     continue
-                what, attention = (read, RowAttention) if by_rows else (make_pieces(read), PieceAttention)
-                yield row, group, at, attention(stretch, what, query[at].flatten(0, 1), *blocks)
+                if is_stored:
+                    read, numbers = _slots(read, blocks)
+                    pair = keys.blocks(row, group, numbers)
+                start, queries = call.start + begin, at[2].stop - begin
+                stretch = Stretch(call.schedule, start, queries, offsets[:, own], call.scale, inv_freq, numbers)
+                yield row, group, at, attention(stretch, read, query[at].flatten(0, 1), *pair)
+
+
+def part_attention(device: torch.device) -> type:
+    """What attends to chosen blocks fastest there."""
+    return RowAttention if device.type == "cpu" else PieceAttention
+
+
+def _slots(reads: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same reads of those blocks alone that are read, m of them, and their numbers [m], which rise."""
+    numbers = (reads[reads >= 0] % blocks).unique()
+    slots = torch.searchsorted(numbers, reads % blocks) + len(numbers) * (reads >= blocks)
+    return torch.where(reads >= 0, slots, NO_BLOCK), numbers
 
 
 def _in_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tensor:
@@ -122,9 +139,9 @@ def _in_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tensor
     return x[row, group, : x.shape[2] // size * size].unflatten(0, (-1, size))
 
 
-def _attend_sinks(call, query, key, value, out, lse) -> None:
+def _attend_sinks(call, query, sinks, out, lse) -> None:
     """Merges the sink tokens, of which those of queries beyond the clamped distance are read at that distance."""
-    scores, _, value = _sink_scores(call, query, key, value)
+    scores, _, value = _sink_scores(call, query, *sinks)
     own = scores.logsumexp(-1)
     joint = torch.logaddexp(lse, own)
     out.mul_((lse - joint).exp_()[..., None]).add_((scores - joint[..., None]).exp_() @ value)
@@ -161,24 +178,30 @@ def _sink_gradients(call, grad, query, key, value, out, lse, grads) -> None:
     grads[2][:, :, :sinks] += (weights.mT @ grad).unflatten(1, groups).sum(2)
 
 
+def _attend(call: MemoryCall, query, keys, length: int, sinks, reads) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, H, Q, D] and lse [B, H, Q] over keys of N = `length` tokens, of which `sinks` are the first."""
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    out = torch.zeros_like(query, dtype=lse_dtype)
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
+    kernel, blocks = get_kernel(call.backend, query), call.blocks(query.shape[2], length)
+    attend_blocks(kernel, blocks, query, keys, out, lse, call.start, call.scale)
+    if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
+        _attend_sinks(call, query, sinks, out, lse)
+    for _, _, at, part in _stretches(call, reads, query, keys):
+        joint = torch.logaddexp(lse[at].flatten(), part.lse())
+        out[at] *= (lse[at] - joint.view_as(lse[at])).exp_()[..., None]
+        out[at] += part.out(joint).view_as(out[at])
+        lse[at] = joint.view_as(lse[at])
+    return out.to(query.dtype), lse
+
+
 class _AttendMemory(torch.autograd.Function):
     """Forward by blocks and pieces, backward by replaying them."""
 
     @staticmethod
     def forward(ctx, query, key, value, reads, call):
-        lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        out = torch.zeros_like(query, dtype=lse_dtype)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
-        kernel, keys = get_kernel(call.backend, query), DenseKeys(key, value)
-        attend_blocks(kernel, call.blocks(*_lengths(query, key)), query, keys, out, lse, call.start, call.scale)
-        if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
-            _attend_sinks(call, query, key, value, out, lse)
-        for _, _, at, part in _stretches(call, reads, query, key, value):
-            joint = torch.logaddexp(lse[at].flatten(), part.lse())
-            out[at] *= (lse[at] - joint.view_as(lse[at])).exp_()[..., None]
-            out[at] += part.out(joint).view_as(out[at])
-            lse[at] = joint.view_as(lse[at])
-        out = out.to(query.dtype)
+        sinks = key[:, :, : call.schedule.num_sink_tokens], value[:, :, : call.schedule.num_sink_tokens]
+        out, lse = _attend(call, query, DenseKeys(key, value), key.shape[2], sinks, reads)
         ctx.save_for_backward(query, key, value, out, lse, reads)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -196,33 +219,37 @@ class _AttendMemory(torch.autograd.Function):
             grad = torch.cat([grad, -grad_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
         grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
         kernel, keys = get_kernel(call.backend, query), DenseKeys(key, value, *grads[1:])
-        blocks = call.blocks(*_lengths(query, key))
+        blocks = call.blocks(query.shape[2], key.shape[2])
         attend_blocks_backward(kernel, blocks, grad, query, out, lse, grads[0], keys, call.start, call.scale)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
-        for row, group, at, part in _stretches(call, reads, query, key, value):
+        for row, group, at, part in _stretches(call, reads, query, keys):
             block_grads = (_in_blocks(x, row, group, size) for x in grads[1:])
             rows = [x[at].flatten(0, 1) for x in (grad, out, lse)]
             grads[0][at] += part.gradients(*rows, *block_grads).view_as(grads[0][at])
         return *(g[..., :width].to(query.dtype) for g in grads), None, None
 
 
-def _lengths(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
-    return query.shape[2], key.shape[2]
+@torch.no_grad()
+def choose(call: MemoryCall, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The blocks [B, H, Q, top_k] that queries read of the keys [B, G, N, D]."""
+    last = call.schedule.local_start(call.start + query.shape[2] - 1)
+    far_index = call.ranking.far_index(key[:, :, :last]) if call.clamps(query.shape[2]) else None
+    return choose_blocks(call.ranking, query, call.ranking.index(key[:, :, :last]), far_index, call.start)
 
 
 @torch.no_grad()
-def choose(call: MemoryCall, query: torch.Tensor, key: torch.Tensor, index=None, far_index=None) -> torch.Tensor:
-    """The blocks [B, H, Q, top_k] that queries read of the keys [B, G, N, D], or of what an index of theirs tells."""
-    last = call.schedule.local_start(call.start + query.shape[2] - 1)
-    if index is None:
-        index = call.ranking.index(key[:, :, :last])
-    if not call.clamps(query.shape[2]):
-        far_index = None
-    elif far_index is None:
-        far_index = call.ranking.far_index(key[:, :, :last])
-    return choose_blocks(call.ranking, query, index, far_index, call.start)
+def choose_indexed(call: MemoryCall, query: torch.Tensor, index: Index, far_index: Index) -> torch.Tensor:
+    """The same of the blocks that an index tells of, and, for those at a clamped distance, a second one."""
+    return choose_blocks(call.ranking, query, index, far_index if call.clamps(query.shape[2]) else None, call.start)
+
+
+@torch.no_grad()
+def attend_stored(call: MemoryCall, query: torch.Tensor, keys: StoredKeys, chosen: torch.Tensor) -> torch.Tensor:
+    """Attention [B, H, Q, D] to keys that are fetched as they are asked for. No gradient."""
+    sinks = keys.begin(call.schedule.num_sink_tokens)
+    return _attend(call, query, keys, keys.end, sinks, call.reads(chosen))[0]
 
 
 def attend_memory(
