@@ -15,6 +15,7 @@ from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_ind
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
 from .document_ids import Documents, find_documents, restore_order
+from .memory_store import open_store, refuse_rows_on_disk
 from .transformers_compat import (
     CACHE,
     LinearAttentionCacheLayerMixin,
@@ -71,14 +72,18 @@ class DilatedCache(DynamicCache):
         config: of a LongNet or a patched model. Layers that a patch has left alone keep the cache that they had.
         max_length: tokens to make room for at first; texts that grow longer make the cache grow, up to S. None for all
             of S at once: shapes are then static, and `generate` compiles decoding where it does so for a StaticCache.
+        store: where layers with a memory keep their tokens: `"device"`; `"cpu"`, pinned if the device is a GPU, which
+            then holds the window, the index of the blocks and what is read of them; or `"disk"`, in files of the new
+            folder `path`, which `save_cache(path, ...)` makes a state that `load_cache(path, ...)` goes on from.
 
     Raises:
-        ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values.
+        ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values; a store
+            without a memory, a folder that holds one already.
     """
 
-    __slots__ = ("dilated_layers", "schedule")  # see `Clock`
+    __slots__ = ("dilated_layers", "folder", "schedule")  # see `Clock`
 
-    def __init__(self, config, max_length: int | None = None):
+    def __init__(self, config, max_length: int | None = None, *, store: str = "device", path=None):
         if exporter_is_loaded():
             register_for_export(type(self))
         if max_length is not None:
@@ -98,13 +103,15 @@ class DilatedCache(DynamicCache):
             )
         self.clock = Clock(length_dependent_rope(config))
         self.clock.schedule = self.schedule
+        self.folder = open_store(store, path, self.schedule.memory is not None)
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
         layers += [None] * (depth - len(layers))
         for index in dilated:
             schedule = self.schedule.of_layer(index)
-            kind = DilatedLayer if schedule.memory is None else MemoryLayer
-            layers[index] = kind(schedule, self.clock, max_length, heads_per_key, index)
+            arguments = schedule, self.clock, max_length, heads_per_key, index
+            is_plain = schedule.memory is None
+            layers[index] = DilatedLayer(*arguments) if is_plain else MemoryLayer(*arguments, store, self.folder)
         Cache.__init__(self, layers=layers)
         self.dilated_layers = self.clock.layers = [layers[index] for index in dilated]
         self.dilated_layers[0].is_first = self.dilated_layers[-1].is_last = True
@@ -265,6 +272,11 @@ class DilatedCache(DynamicCache):
             for tensor in (clock.positions, clock.pads, clock.seen):
                 tensor.zero_()
 
+    def close(self) -> None:
+        """Lets others open the folder of a cache on disk; nothing more can be read into this one."""
+        if self.folder is not None:
+            self.folder.close()
+
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """-1: texts have no maximum length."""
         return -1
@@ -272,10 +284,18 @@ class DilatedCache(DynamicCache):
     def memory_footprint(self) -> int:
         """Bytes of keys and values in all slots: see the formula above. 0 before the first forward.
 
-        Layers with a memory keep all tokens, and room for up to half as many more, with the index of their blocks.
+        Layers with a memory keep all tokens, and room for up to half as many more, with the index of their blocks;
+        files count, those of a bank do not. `memory_by_place` tells them apart.
         """
-        layers = [layer for layer in self.dilated_layers if layer.is_initialized]
-        return sum(x.numel() * x.element_size() for layer in layers for x in layer.stored().values())
+        return sum(self.memory_by_place().values())
+
+    def memory_by_place(self) -> dict[str, int]:
+        """The same bytes by where they lie: "device", "cpu" (beside a device that is none), "disk"."""
+        places: dict[str, int] = {}
+        for layer in self.dilated_layers:
+            for place, size in layer.bytes().items() if layer.is_initialized else ():
+                places[place] = places.get(place, 0) + size
+        return places
 
 
 def _refuse_changing_frequencies(config, generation_config, model_kwargs: dict, length: int) -> None:
@@ -308,6 +328,8 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
             "`generate` cannot use a cache in training with gradient checkpointing, which sets caches aside: call "
             "`model.eval()` before, or pass `use_cache=False`."
         )
+    if (generation_config.num_beams or 1) > 1:
+        refuse_rows_on_disk(model_kwargs.get(CACHE))
     mask = model_kwargs.get("attention_mask")
     if generation_config.is_assistant and mask is not None and mask.dim() == 2:
         # `generate` has taken each padding token among the drafted ones for padding.

@@ -24,10 +24,20 @@ from .memory_store import Shape, Store, StoredKeys, make_store
 class MemoryLayer(DilatedLayer):
     """`store` holds what was read: "device", "cpu" or "disk" by `kind`, the last in a `folder`."""
 
-    def __init__(self, *args, kind: str = "device", folder: StoreFolder | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        schedule,
+        clock,
+        max_length,
+        heads_per_key,
+        layer_idx,
+        kind: str = "device",
+        folder: StoreFolder | None = None,
+    ):
+        super().__init__(schedule, clock, max_length, heads_per_key, layer_idx)
         self.is_compileable = False
         self.kind, self.folder = kind, folder
+        self.head_index_offset, self.total_num_heads = 0, None
         self.store: Store | None = None
         self.ranking: Ranking | None = None
         self.position_ids: torch.Tensor | None = None  # of the new tokens, [B, Q]; whoever attends may tell them before
@@ -35,18 +45,24 @@ class MemoryLayer(DilatedLayer):
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor, head_index_offset: int = 0, total_num_heads=None
     ) -> None:
-        batch, self.num_kv_heads, _, width = key_states.shape
-        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
         self.head_index_offset, self.total_num_heads = head_index_offset, total_num_heads
-        self.store = make_store(self.kind, self.shape(key_states), self.folder, self.layer_idx)
-        if self.clock.positions is None:
-            self.clock.start(batch, key_states.device)
-        self.is_initialized = True
-
-    def shape(self, key_states: torch.Tensor) -> Shape:
-        """Of the tokens whose keys these [B, G, N, D] are among."""
         batch, groups, _, width = key_states.shape
-        return Shape(batch, groups, width, key_states.dtype, key_states.device, self.schedule.memory.block_size)
+        size = self.schedule.memory.block_size
+        shape = Shape(batch, groups, width, key_states.dtype, key_states.device, size)
+        self.begin_with(make_store(self.kind, shape, self.folder, self.layer_idx))
+
+    def begin_with(self, store: Store) -> None:
+        """Goes on with what a store holds."""
+        self.store, shape = store, store.shape
+        self.dtype, self.device, self.batch_size, self.num_kv_heads = (
+            shape.dtype,
+            shape.device,
+            shape.batch,
+            shape.groups,
+        )
+        if self.clock.positions is None:
+            self.clock.start(shape.batch, shape.device)
+        self.is_initialized = True
 
     def grow(self, max_length: int) -> None:
         """The other layers need slots before tokens come; this one makes its own room."""
@@ -137,6 +153,9 @@ class MemoryLayer(DilatedLayer):
 
     def stored(self) -> dict[str, torch.Tensor]:
         return self.store.stored()
+
+    def bytes(self) -> dict[str, int]:
+        return self.store.bytes()
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         self.store.restore(tensors)

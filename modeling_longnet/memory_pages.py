@@ -94,6 +94,7 @@ class StoreFolder:
 
     def __init__(self, path: str | Path, is_new: bool = False, is_bank: bool = False):
         self.path, self.is_bank, self.committed = Path(path), is_bank, None
+        self.is_closed = False
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`path` must be a folder, got the file {self.path}.")
         if is_new:
@@ -128,10 +129,16 @@ class StoreFolder:
             raise ValueError(f"`path`: the memory in {self.path} {what} by another cache.") from error
 
     def close(self) -> None:
-        """Lets others write here."""
+        """Lets others write here, and lets nothing more be written by this one."""
+        self.is_closed = True
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def __deepcopy__(self, memo):
+        if self.is_bank:  # read by any number of caches
+            return self
+        raise ValueError("`cache`: a cache on disk cannot be copied. Copy its folder, and load that.")
 
     def __del__(self):
         if getattr(self, "_lock", None) is not None:
@@ -145,7 +152,13 @@ class StoreFolder:
             raise ValueError(f"{self.path}: {error}") from error
 
     def before_writing(self, first: int) -> None:
-        """Removes the state if it counts record `first`, which is going to be written anew."""
+        """Removes the state if it counts record `first`, which is going to be written anew.
+
+        Raises:
+            ValueError: the folder is closed.
+        """
+        if self.is_closed:
+            raise ValueError(f"`cache` was closed: load it from {self.path}.")
         if self.committed is not None and first < self.committed:
             self.state_path.unlink(missing_ok=True)
             self._sync()
@@ -164,8 +177,8 @@ class StoreFolder:
         self.committed = tokens
 
     def _sync(self) -> None:
-        if fcntl is not None:
-            os.fsync(self._lock if self._lock is not None else 0)
+        if self._lock is not None:
+            os.fsync(self._lock)
 
 
 def read_numbers(text: str, names: tuple[str, ...]) -> list[int]:

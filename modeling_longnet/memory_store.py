@@ -8,6 +8,7 @@ Letters: B batch, G key/value heads, N tokens, T new tokens, n blocks of b token
 dimension, d dimensions ranked in.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,6 +144,9 @@ class RowFiles:
         self.indices = {name: self._index(name, width, count // shape.size) for name, width in (widths or {}).items()}
         self.copies: dict[str, torch.Tensor] = {}  # on a device that cannot read files
 
+    def __deepcopy__(self, memo):
+        return copy.copy(self) if copy.deepcopy(self.folder, memo) is self.folder else None
+
     def _index(self, name: str, width: int, count: int = 0, dtype: torch.dtype = torch.float32) -> PageFile:
         if self.shape.dtype == torch.float64:
             dtype = torch.float64
@@ -193,10 +197,12 @@ class RowFiles:
 class FileStore:
     """A file of tokens and of each index per row, in a folder."""
 
-    is_joint = False
-
     def __init__(self, shape: Shape, rows: list[RowFiles]):
         self.shape, self.rows = shape, rows
+
+    @property
+    def is_joint(self) -> bool:
+        return len(self.rows) == 1
 
     def _of(self, row: slice) -> list[RowFiles]:
         return self.rows[row]
@@ -376,6 +382,32 @@ class StoredKeys:
 
     def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
         return self.store.blocks((self.row.start or 0) + row, group, numbers)
+
+
+def open_store(kind: str, path, has_memory: bool) -> StoreFolder | None:
+    """The folder of a cache's arguments `store` and `path`, if there is one.
+
+    Raises:
+        ValueError: what does not fit together.
+    """
+    if kind not in STORES:
+        raise ValueError(f"`store` must be one of {', '.join(map(repr, STORES))}, got {kind!r}.")
+    if kind != "device" and not has_memory:
+        raise ValueError(f"`store` is for layers with a memory, and `config` has none, got {kind!r}.")
+    if (kind == "disk") != (path is not None):
+        raise ValueError(f"`path` names the folder of store='disk' and of no other, got {path!r} with {kind!r}.")
+    if path is None or isinstance(path, StoreFolder):
+        return path
+    return StoreFolder(path, is_new=True)
+
+
+def refuse_rows_on_disk(cache) -> None:
+    """Raises a ValueError for a cache whose rows cannot be doubled, before work starts that doubles them."""
+    if getattr(cache, "folder", None) is not None:
+        raise ValueError(
+            "`num_beams`: beam search doubles rows, which a cache on disk cannot: use store='cpu' or 'device', behind "
+            "a bank if the text is to stay on disk."
+        )
 
 
 def make_store(kind: str, shape: Shape, folder: StoreFolder | None, layer: int) -> TensorStore | FileStore:
