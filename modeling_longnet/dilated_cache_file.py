@@ -60,10 +60,10 @@ def _schedule_text(config) -> str:
 
 
 def _check_complete(cache: DilatedCache) -> None:
-    clock, layers = cache.clock, cache.dilated_layers
-    if clock.positions is None:
+    layers = cache.dilated_layers
+    if cache.positions is None:
         raise ValueError("`cache` must have seen a token before it can be saved.")
-    if clock.step is not None or clock.waiting:
+    if cache.step is not None or cache.waiting:
         raise ValueError("`cache` is in the middle of a forward, or waits for a `crop`: it cannot be saved now.")
     if len(layers) < len(cache.layers) or any(_first_head(layer) for layer in layers):
         raise ValueError("`cache` has layers that are not bounded, or only some of the heads: it cannot be saved.")
@@ -82,10 +82,10 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
             or with layers whose cache is not bounded; another folder than that of the cache.
     """
     _check_complete(cache)
-    clock, folder, path = cache.clock, cache.folder, Path(path)
+    folder, path = cache.folder, Path(path)
     if folder is not None and path.resolve() != folder.path.resolve():
         raise ValueError(f"`path` must be the folder of `cache`, {folder.path}, got {path}.")
-    tensors = {"positions": clock.positions, "seen": clock.seen}
+    tensors = {"positions": cache.positions, "seen": cache.seen}
     tensors |= {f"extra.{name}": value for name, value in extra.items()}
     for index, layer in enumerate(cache.dilated_layers):
         tensors |= {f"{name}.{index}": value for name, value in layer.stored().items()}
@@ -107,7 +107,7 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
     if folder is None:
         temporary.replace(target)
     else:
-        folder.commit(temporary, int(clock.positions.max()))
+        folder.commit(temporary, int(cache.positions.max()))
 
 
 def _flush_pages(cache: DilatedCache) -> dict[str, str]:
@@ -181,8 +181,9 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[DilatedCache, 
 
 
 def _finish(cache: DilatedCache, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    cache.clock.positions.copy_(tensors["positions"])
-    cache.clock.seen.copy_(tensors["seen"])
+    cache.start(len(tensors["positions"]), cache.dilated_layers[0].device)
+    cache.positions.copy_(tensors["positions"])
+    cache.seen.copy_(tensors["seen"])
     return {name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")}
 
 

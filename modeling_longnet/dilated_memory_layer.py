@@ -18,23 +18,14 @@ from .memory_pages import StoreFolder
 from .memory_positions import anchor
 from .memory_search import Ranking
 from .memory_step import attend_step
-from .memory_store import Shape, Store, StoredKeys, make_store
+from .memory_store import Shape, Store, make_store
 
 
 class MemoryLayer(DilatedLayer):
     """`store` holds what was read: "device", "cpu" or "disk" by `kind`, the last in a `folder`."""
 
-    def __init__(
-        self,
-        schedule,
-        clock,
-        max_length,
-        heads_per_key,
-        layer_idx,
-        kind: str = "device",
-        folder: StoreFolder | None = None,
-    ):
-        super().__init__(schedule, clock, max_length, heads_per_key, layer_idx)
+    def __init__(self, *args, kind: str = "device", folder: StoreFolder | None = None):
+        super().__init__(*args)
         self.is_compileable = False
         self.kind, self.folder = kind, folder
         self.head_index_offset, self.total_num_heads = 0, None
@@ -54,14 +45,8 @@ class MemoryLayer(DilatedLayer):
     def begin_with(self, store: Store) -> None:
         """Goes on with what a store holds."""
         self.store, shape = store, store.shape
-        self.dtype, self.device, self.batch_size, self.num_kv_heads = (
-            shape.dtype,
-            shape.device,
-            shape.batch,
-            shape.groups,
-        )
-        if self.clock.positions is None:
-            self.clock.start(shape.batch, shape.device)
+        self.dtype, self.device = shape.dtype, shape.device
+        self.batch_size, self.num_kv_heads = shape.batch, shape.groups
         self.is_initialized = True
 
     def grow(self, max_length: int) -> None:
@@ -120,8 +105,7 @@ class MemoryLayer(DilatedLayer):
         end = call.start + query.shape[2]
         past = self.store.whole(row, end)
         if past is None and not wants_grad:
-            recent = call.start - self.schedule.window
-            return attend_stored(call, query, StoredKeys(self.store, row, recent, end), chosen)
+            return attend_stored(call, query, self.store, row, chosen)
         past = self.store.span(row, 0, end) if past is None else past
         if wants_grad:  # gradients reach the new tokens; what came before is state
             past = [torch.cat([x[:, :, : call.start], y], 2) for x, y in zip(past, (key, value))]
@@ -148,7 +132,7 @@ class MemoryLayer(DilatedLayer):
             if self.schedule.memory.max_distance is not None:
                 self.store.write_index("far", row, begin, self.ranking.far_index(whole, begin))
 
-    def keep_recorded(self, columns: int) -> None:
+    def keep_recorded(self, columns: int, origins: torch.Tensor, pads: torch.Tensor) -> None:
         """Nothing waits: what is forgotten is overwritten by what comes next."""
 
     def stored(self) -> dict[str, torch.Tensor]:

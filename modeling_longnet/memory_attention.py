@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward
+from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, merge_attentions
 from .attention_kernels import get_kernel
 from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule
@@ -19,7 +19,7 @@ from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
 from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks
-from .memory_store import StoredKeys
+from .memory_store import Store, StoredKeys
 
 
 FETCHED = 2**18  # tokens that one stretch of queries may have fetched for it
@@ -47,12 +47,17 @@ class MemoryCall:
         return self.ranking.inv_freq
 
     def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
-        """The schedule's part; sinks are read apart where their distance is clamped."""
+        """The schedule's part of N = `length` keys; sinks are read apart where their distance is clamped."""
         blocks = plan_blocks(
             self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + query_length, length,
             self.head_index_offset, self.total_num_heads,
         )  # fmt: skip
         return tuple(x for x in blocks if x.pattern != SINKS) if self.clamps(query_length) else blocks
+
+    def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
+        """The attention to it."""
+        blocks = self.blocks(query.shape[2], key.shape[2])
+        return PlannedAttention(get_kernel(self.backend, query), blocks, self.start, self.scale)
 
     def clamps(self, query_length: int) -> bool:
         """Whether any of the queries lies beyond the clamped distance."""
@@ -91,7 +96,9 @@ class MemoryCall:
         return torch.tensor(offsets, dtype=torch.long, device=device).view(-1, self.num_heads)
 
 
-def _stretches(call: MemoryCall, reads: torch.Tensor, query, keys: "DenseKeys | StoredKeys") -> Iterator[tuple]:
+def _stretches(
+    call: MemoryCall, reads: torch.Tensor, query, keys: "StoredKeys | tuple[torch.Tensor, torch.Tensor]"
+) -> Iterator[tuple]:
     """Per row, key/value head and stretch of queries that is read in one go: the row and head, where the queries lie in
     [B, H, Q], and their attention to what they read."""
     _, heads, length, count = reads.shape
@@ -100,14 +107,14 @@ def _stretches(call: MemoryCall, reads: torch.Tensor, query, keys: "DenseKeys | 
     offsets = call.offsets(reads.device)
     inv_freq = call.inv_freq if call.clamps(length) else None
     is_stored, attention = isinstance(keys, StoredKeys), part_attention(query.device)
-    blocks = (keys.end if is_stored else keys.key.shape[2]) // size
+    blocks = (keys.end if is_stored else keys[0].shape[2]) // size
     tile = max(1, (FETCHED // size if is_stored else PAIRS) // (per_group * count))
     reads = call.mark_far(reads, blocks)
     for row in range(len(reads)):
         for group in range(call.num_kv_heads):
             own = slice(group * per_group, (group + 1) * per_group)
             if not is_stored:
-                pair = [_in_blocks(x, row, group, size).contiguous() for x in (keys.key, keys.value)]
+                pair = [_in_blocks(x, row, group, size).contiguous() for x in keys]
             for begin in range(0, length, tile):
                 at = row, own, slice(begin, min(begin + tile, length))
                 read, numbers = reads[at].flatten(0, 1), None
@@ -139,13 +146,10 @@ def _in_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tensor
     return x[row, group, : x.shape[2] // size * size].unflatten(0, (-1, size))
 
 
-def _attend_sinks(call, query, sinks, out, lse) -> None:
+def _attend_sinks(call, query, key, value, out, lse) -> None:
     """Merges the sink tokens, of which those of queries beyond the clamped distance are read at that distance."""
-    scores, _, value = _sink_scores(call, query, *sinks)
-    own = scores.logsumexp(-1)
-    joint = torch.logaddexp(lse, own)
-    out.mul_((lse - joint).exp_()[..., None]).add_((scores - joint[..., None]).exp_() @ value)
-    lse.copy_(joint)
+    scores, _, value = _sink_scores(call, query, key, value)
+    merge_attentions((out, lambda joint: (scores - joint[..., None]).exp_() @ value), (lse, scores.logsumexp(-1)))
 
 
 def _sink_query(call: MemoryCall, query: torch.Tensor) -> torch.Tensor:
@@ -178,57 +182,36 @@ def _sink_gradients(call, grad, query, key, value, out, lse, grads) -> None:
     grads[2][:, :, :sinks] += (weights.mT @ grad).unflatten(1, groups).sum(2)
 
 
-def _attend(call: MemoryCall, query, keys, length: int, sinks, reads) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, Q, D] and lse [B, H, Q] over keys of N = `length` tokens, of which `sinks` are the first."""
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    out = torch.zeros_like(query, dtype=lse_dtype)
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
-    kernel, blocks = get_kernel(call.backend, query), call.blocks(query.shape[2], length)
-    attend_blocks(kernel, blocks, query, keys, out, lse, call.start, call.scale)
-    if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
-        _attend_sinks(call, query, sinks, out, lse)
-    for _, _, at, part in _stretches(call, reads, query, keys):
-        joint = torch.logaddexp(lse[at].flatten(), part.lse())
-        out[at] *= (lse[at] - joint.view_as(lse[at])).exp_()[..., None]
-        out[at] += part.out(joint).view_as(out[at])
-        lse[at] = joint.view_as(lse[at])
-    return out.to(query.dtype), lse
+def _merge_part(part: RowAttention | PieceAttention, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Merges what one key/value head's queries read into their rows of the accumulator, [h, T, D] and [h, T]."""
+    merge_attentions((out, lambda joint: part.out(joint.flatten()).view_as(out)), (lse, part.lse().view_as(lse)))
 
 
-class _AttendMemory(torch.autograd.Function):
-    """Forward by blocks and pieces, backward by replaying them."""
+@dataclass(frozen=True)
+class _WithMemory:
+    """The way of `BlockAttention` through a schedule's blocks and the pieces that were chosen."""
 
-    @staticmethod
-    def forward(ctx, query, key, value, reads, call):
-        sinks = key[:, :, : call.schedule.num_sink_tokens], value[:, :, : call.schedule.num_sink_tokens]
-        out, lse = _attend(call, query, DenseKeys(key, value), key.shape[2], sinks, reads)
-        ctx.save_for_backward(query, key, value, out, lse, reads)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return out, lse
+    call: MemoryCall
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, grad_lse):
-        query, key, value, out, lse, reads = ctx.saved_tensors
-        call, width = ctx.call, query.shape[-1]
-        grad = torch.zeros_like(out) if grad is None else grad
-        if grad_lse is not None:  # one more column, as in dilated_attention.py
-            query, key, value = (torch.nn.functional.pad(x, (0, 1)) for x in (query, key, value))
-            out = torch.nn.functional.pad(out, (0, 1), value=1.0)
-            grad = torch.cat([grad, -grad_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
-        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
-        kernel, keys = get_kernel(call.backend, query), DenseKeys(key, value, *grads[1:])
-        blocks = call.blocks(query.shape[2], key.shape[2])
-        attend_blocks_backward(kernel, blocks, grad, query, out, lse, grads[0], keys, call.start, call.scale)
+    def forward(self, query, key, value, out, lse, reads):
+        call = self.call
+        call.shown(query, key).forward(query, key, value, out, lse)
+        if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
+            _attend_sinks(call, query, key, value, out, lse)
+        for _, _, at, part in _stretches(call, reads, query, (key, value)):
+            _merge_part(part, out[at], lse[at])
+        return ()
+
+    def backward(self, grad, query, key, value, out, lse, grads, reads):
+        call = self.call
+        call.shown(query, key).backward(grad, query, key, value, out, lse, grads)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
-        for row, group, at, part in _stretches(call, reads, query, keys):
+        for row, group, at, part in _stretches(call, reads, query, (key, value)):
             block_grads = (_in_blocks(x, row, group, size) for x in grads[1:])
             rows = [x[at].flatten(0, 1) for x in (grad, out, lse)]
             grads[0][at] += part.gradients(*rows, *block_grads).view_as(grads[0][at])
-        return *(g[..., :width].to(query.dtype) for g in grads), None, None
 
 
 @torch.no_grad()
@@ -246,10 +229,21 @@ def choose_indexed(call: MemoryCall, query: torch.Tensor, index: Index, far_inde
 
 
 @torch.no_grad()
-def attend_stored(call: MemoryCall, query: torch.Tensor, keys: StoredKeys, chosen: torch.Tensor) -> torch.Tensor:
-    """Attention [B, H, Q, D] to keys that are fetched as they are asked for. No gradient."""
-    sinks = keys.begin(call.schedule.num_sink_tokens)
-    return _attend(call, query, keys, keys.end, sinks, call.reads(chosen))[0]
+def attend_stored(
+    call: MemoryCall, query: torch.Tensor, store: Store, row: slice, chosen: torch.Tensor
+) -> torch.Tensor:
+    """Attention [B, H, Q, D] of rows of a store, whose keys are fetched as they are asked for. No gradient."""
+    dtype, end = torch.promote_types(query.dtype, torch.float32), call.start + query.shape[2]
+    out, lse = torch.zeros_like(query, dtype=dtype), query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    blocks = call.blocks(query.shape[2], end)
+    keys = StoredKeys(store, row, blocks, call.start - call.schedule.window, end)
+    shown = PlannedAttention(get_kernel(call.backend, query), blocks, call.start, call.scale, keys.locate)
+    shown.forward(query, keys.key, keys.value, out, lse)
+    if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
+        _attend_sinks(call, query, *store.span(row, 0, min(call.schedule.num_sink_tokens, end)), out, lse)
+    for _, _, at, part in _stretches(call, call.reads(chosen), query, keys):
+        _merge_part(part, out[at], lse[at])
+    return out.to(query.dtype)
 
 
 def attend_memory(
@@ -276,7 +270,7 @@ def attend_memory(
             query, key, value, call.schedule, call.start, scale=call.scale, inv_freq=call.inv_freq, chosen=chosen,
             head_index_offset=call.head_index_offset, total_num_heads=call.total_num_heads, dropout=dropout,
         )[:2]  # fmt: skip
-    return _AttendMemory.apply(query, key, value, call.reads(chosen), call)
+    return BlockAttention.apply(_WithMemory(call), query, key, value, call.reads(chosen))
 
 
 def attend_documents(
@@ -320,7 +314,7 @@ def attend_documents(
         if part[0].shape == query.shape:
             return part
         parts.append((rows, q, *part))
-    out = query.masked_fill(query.new_ones((), dtype=torch.bool), 0)  # zeros that stay part of the graph
+    out = connected_zeros(query)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     for rows, q, own_out, own_lse in parts:
         out[rows, :, q], lse[rows, :, q] = own_out, own_lse

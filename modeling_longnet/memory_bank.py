@@ -258,10 +258,9 @@ def start_cache(
         else:
             next(iter(found.values())).restore_layer(layer, index, device)
             layer.map_batch(lambda x: x.repeat_interleave(len(banks), dim=0))
-    if len(cache.clock.positions) != len(banks):
-        cache.clock.start(len(banks), device)
-    cache.clock.positions.copy_(torch.tensor(counts))
-    cache.clock.seen.fill_(max(counts))
+    cache.start(len(banks), device)
+    cache.positions.copy_(torch.tensor(counts))
+    cache.seen.fill_(max(counts))
     return cache
 
 

@@ -107,10 +107,10 @@ class Ranking:
         distance = self.schedule.memory.max_distance - position
         return rotate(query.to(_rank_dtype(query.dtype)), distance.expand(query.shape[:-1]), self.inv_freq)
 
-    def ranks(self, query: torch.Tensor, index: Index, count: int, far: bool = False) -> torch.Tensor:
-        """Of the first n blocks of an index, n = `count`, for queries [B, H, T, D] (turned, if far):
+    def ranks(self, query: torch.Tensor, index: Index, begin: int, end: int, far: bool = False) -> torch.Tensor:
+        """Of blocks begin, ..., end - 1 of an index, n of them, for queries [B, H, T, D] (turned, if far):
         [B, G, H / G, T, n]."""
-        parts = _first_blocks(index, count)
+        parts = _some_blocks(index, begin, end)
         query = query.to(_rank_dtype(query.dtype)).unflatten(1, (parts[0].shape[1], -1))
         rows = query.flatten(2, 3)
         if self.schedule.memory.dimensions is not None:
@@ -121,12 +121,14 @@ class Ranking:
         return (ranks[0] if len(ranks) == 1 else torch.cat(ranks, dim=-1)).unflatten(2, query.shape[2:4])
 
 
-def _first_blocks(index: Index, count: int) -> list[torch.Tensor]:
+def _some_blocks(index: Index, begin: int, end: int) -> list[torch.Tensor]:
     parts = []
     for part in (index,) if isinstance(index, torch.Tensor) else index:
-        parts.append(part[:, :, :count])
-        count -= parts[-1].shape[2]
-        if count <= 0:
+        own = part[:, :, max(begin, 0) : max(end, 0)]
+        if own.shape[2] or begin == end:
+            parts.append(own)
+        begin, end = begin - part.shape[2], end - part.shape[2]
+        if end <= 0:
             break
     return parts
 
@@ -204,9 +206,7 @@ def choose_blocks(
         if stop <= first:
             continue
         position = torch.arange(query_start + begin, query_start + end, device=query.device)
-        ranks = ranking.ranks(query[:, :, begin:end], index, stop)
-        if far_index is not None:
-            rank_far(ranking, ranks, query[:, :, begin:end], far_index, position, query_start + end - 1)
+        ranks = rank_blocks(ranking, query[:, :, begin:end], index, far_index, position, stop)
         ranks[..., :first] = -torch.inf
         if low < stop:
             ends = (torch.arange(low, stop, device=query.device) + 1) * size
@@ -215,15 +215,27 @@ def choose_blocks(
     return chosen
 
 
-def rank_far(ranking, ranks, query, far_index, position: torch.Tensor, last: int) -> None:
-    """Overwrites, in ranks [B, G, H / G, T, n] of queries [B, H, T, D], those of blocks beyond `max_distance`.
+def rank_blocks(
+    ranking: Ranking, query: torch.Tensor, index: Index, far_index: Index | None, position: torch.Tensor, count: int
+) -> torch.Tensor:
+    """The ranks [B, G, H / G, T, n] of the first n = `count` blocks for queries [B, H, T, D]; arguments as of
+    `choose_blocks`.
 
-    position: of the queries, [T] or [B, 1, 1, T]; last: the largest of them.
+    position: of the queries, [T] or [B, 1, 1, T]. Of blocks on one side of `max_distance` for all queries only that
+    side's ranks are computed.
     """
     memory = ranking.schedule.memory
-    reach = min(ranks.shape[-1], max(0, -(-(last - memory.max_distance) // memory.block_size)))
-    if reach:
-        far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
-        far = ranking.ranks(far_query, far_index, reach, far=True)
-        start = torch.arange(reach, device=ranks.device) * memory.block_size
-        ranks[..., :reach] = torch.where(position[..., None] - start > memory.max_distance, far, ranks[..., :reach])
+    if far_index is None:
+        return ranking.ranks(query, index, 0, count)
+    reaches = ((int(x) - memory.max_distance - 1) // memory.block_size + 1 for x in position.aminmax())
+    low, reach = (min(count, max(0, x)) for x in reaches)  # blocks that are far for all queries, and for any
+    near = ranking.ranks(query, index, low, count)
+    if not reach:
+        return near
+    far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
+    far = ranking.ranks(far_query, far_index, 0, reach, far=True)
+    if low < reach:
+        start = torch.arange(low, reach, device=near.device) * memory.block_size
+        is_far = position[..., None] - start > memory.max_distance
+        near[..., : reach - low] = torch.where(is_far, far[..., low:], near[..., : reach - low])
+    return torch.cat([far[..., :low], near], dim=-1)

@@ -9,16 +9,14 @@ from collections.abc import Callable
 import torch
 
 from .memory_positions import rotate
-from .memory_search import Index, Ranking, best_blocks, rank_far
+from .memory_search import Index, Ranking, best_blocks, rank_blocks
 
 
-def _choose(ranking: Ranking, query, index, far_index, position, start, last: int) -> torch.Tensor:
+def _choose(ranking: Ranking, query, index, far_index, position, start) -> torch.Tensor:
     """Blocks [B, G, h, K] of queries [B, H, 1, D] at `position` [B], whose windows begin at `start` [B]."""
     schedule, size = ranking.schedule, ranking.schedule.memory.block_size
     blocks = int(start.max()) // size
-    ranks = ranking.ranks(query, index, blocks)
-    if far_index is not None:
-        rank_far(ranking, ranks, query, far_index, position[:, None, None, None], last)
+    ranks = rank_blocks(ranking, query, index, far_index, position[:, None, None, None], blocks)
     ends = (torch.arange(blocks, device=query.device) + 1) * size
     eligible = (ends <= start[:, None]) & (ends > schedule.num_sink_tokens)
     ranks.masked_fill_(~eligible[:, None, None, None], -torch.inf)
@@ -70,7 +68,7 @@ def attend_step(
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     if int(start.max()) < memory.block_size:
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2).to(query.dtype)
-    chosen = _choose(ranking, query, index, far_index if clamps else None, position, start, last)
+    chosen = _choose(ranking, query, index, far_index if clamps else None, position, start)
     begin = chosen.clamp(min=0) * memory.block_size
     tokens = begin[..., None] + torch.arange(memory.block_size, device=keys.device)  # [B, G, h, K, b]
     own_keys, own_values = (x.to(dtype) for x in gather(tokens))

@@ -9,13 +9,13 @@ dimension, d dimensions ranked in.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from .attention_blocks import block_positions, strided_rows
-from .dilation_plan import Block
+from .attention_blocks import block_positions
+from .dilation_plan import Block, Rows
 from .memory_pages import ROOM_STEP, PageFile, StoreFolder
 
 
@@ -352,33 +352,32 @@ Store = TensorStore | FileStore | BankedStore
 
 
 class StoredKeys:
-    """Keys and values of rows alike that are fetched as they are asked for, in the manner of `DenseKeys`.
+    """What a plan's blocks show of a store's rows alike, fetched: `key` and `value` [B, G, M, D], in the order that
+    `locate` tells (see `VisibleKeys`); and the blocks that are chosen, as they are asked for.
 
     Args:
-        recent: the first position from which on all are fetched at once, up to `end`.
+        recent: the first position from which on all keys lie in `key`, up to `end`; behind them what else is shown.
     """
 
-    def __init__(self, store: Store, row: slice, recent: int, end: int):
+    def __init__(self, store: Store, row: slice, blocks: Iterable[Block], recent: int, end: int):
         self.store, self.row, self.first, self.end = store, row, max(0, recent), end
-        self.key, self.value = store.span(row, self.first, end)
+        pairs, length = [store.span(row, self.first, end)], end - self.first
+        self.places: dict[int, torch.Tensor] = {}
+        for block in blocks:
+            if block.region.kind != "zeros" and block.region.keys.start < self.first:
+                position = block_positions(block.region.keys, block, store.shape.device)
+                begin = int(position.min())
+                pair = store.span(row, begin, int(position.max()) + 1)
+                pairs.append(tuple(x.index_select(2, position - begin) for x in pair))
+                self.places[id(block)] = torch.arange(length, length + len(position), device=position.device)
+                length += len(position)
+        self._shown = blocks  # that their ids stay theirs
+        self.key, self.value = pairs[0] if len(pairs) == 1 else (torch.cat(x, dim=2) for x in zip(*pairs))
 
-    def get(self, block: Block) -> Pair:
-        """The block's keys and values, [B, heads, repeats, rows, D]."""
-        keys = block.region.keys
-        if keys.start >= self.first:
-            keys = keys.shift(-self.first)
-            return tuple(
-                strided_rows(x, block.kv_heads, keys, block.repeats, block.stride) for x in (self.key, self.value)
-            )
-        position = block_positions(keys, block, torch.device("cpu"))
-        begin, end = int(position.min()), int(position.max()) + 1
-        pair = (x[:, block.kv_heads] for x in self.store.span(self.row, begin, end))
-        at = position.to(self.store.shape.device) - begin
-        return tuple(x.index_select(2, at).unflatten(2, (block.repeats, -1)) for x in pair)
-
-    def begin(self, count: int) -> Pair:
-        """The first tokens, [B, G, count, D]."""
-        return self.store.span(self.row, 0, min(count, self.end))
+    def locate(self, block: Block) -> Rows | torch.Tensor:
+        """Where a block's keys lie in `key`."""
+        place = self.places.get(id(block))
+        return block.region.keys.shift(-self.first) if place is None else place
 
     def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
         return self.store.blocks((self.row.start or 0) + row, group, numbers)
