@@ -42,9 +42,7 @@ def measure(model, tokenizer, case, chunk_size: int) -> list[dict]:
     seconds = time.process_time() - began
     rows = []
     for question in case.questions:
-        said = tokenizer.decode(
-            ask(model, cache, question.tokens, question.new_tokens, lambda new: question.is_over(tokenizer.decode(new)))
-        )
+        said = ask(model, cache, question, tokenizer)
         rows.append({"depth": question.depth, "answers": question.answers, "said": said,
                      "score": score(question, said), "reading seconds": round(seconds, 2)})  # fmt: skip
     return rows

@@ -1,6 +1,6 @@
 """What is compared, and how a text is read: the forms of attention, each over as many keys, and reading by chunks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
+from examples.evidence.ruler_tasks import Question
 from modeling_longnet import DilatedCache, patch_model, unpatch_model
 from modeling_longnet.patching import is_patched
 from modeling_longnet.transformers_compat import named_cache
@@ -51,10 +52,10 @@ def new_cache(model: PreTrainedModel) -> Cache:
     return DilatedCache(model.config) if is_patched(model) else DynamicCache(config=model.config)
 
 
-def _forward(model: PreTrainedModel, cache: Cache, tokens: list[int]) -> torch.Tensor:
-    """Reads tokens on from a cache; scores [V] of what comes next."""
+def _forward(model: PreTrainedModel, cache: Cache, tokens: list[int], keep: int = 1) -> torch.Tensor:
+    """Reads tokens on from a cache; the likeliest tokens [keep] behind the last ones."""
     chunk = torch.tensor([tokens], device=model.device)
-    return model(input_ids=chunk, use_cache=True, logits_to_keep=1, **named_cache(cache)).logits[0, -1]
+    return model(input_ids=chunk, use_cache=True, logits_to_keep=keep, **named_cache(cache)).logits[0].argmax(-1)
 
 
 @torch.inference_mode()
@@ -67,17 +68,23 @@ def read(model: PreTrainedModel, text: list[int], chunk_size: int = 1024) -> Cac
 
 
 @torch.inference_mode()
-def ask(
-    model: PreTrainedModel, cache: Cache, question: list[int], new_tokens: int, is_over: Callable[[list[int]], bool]
-) -> list[int]:
-    """The greedy answer to a question behind the text, until it is over; the cache is then as it was."""
+def ask(model: PreTrainedModel, cache: Cache, question: Question, tokenizer) -> str:
+    """The greedy answer to a question behind the text, until nothing can change its score; the cache is as before.
+
+    The question's draft is read with it. As far as it is what greedy decoding gives, it need not be made word by word.
+    """
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()
-    answer, new, taken = [], question, 0
-    while len(answer) < new_tokens and not is_over(answer):
-        scores = _forward(model, cache, new)
+    draft = list(question.draft)
+    likeliest = _forward(model, cache, question.tokens + draft, len(draft) + 1).tolist()
+    agreed = next((i for i, (a, b) in enumerate(zip(likeliest, draft)) if a != b), len(draft))
+    answer, new, taken = likeliest[: agreed + 1], likeliest[agreed:], len(question.tokens + draft)
+    if agreed < len(draft):  # a bounded cache forgets once: all, or nothing
+        cache.crop(-taken)
+        new, taken = question.tokens + answer, 0
+    while len(answer) < question.new_tokens and not question.is_over(tokenizer.decode(answer)):
+        answer += _forward(model, cache, new).tolist()
         taken += len(new)
-        new = [int(scores.argmax())]
-        answer += new
+        new = answer[-1:]
     cache.crop(-taken)
-    return answer
+    return tokenizer.decode(answer[: question.new_tokens])

@@ -8,8 +8,8 @@ variable_tracking.py, common_words_extraction.py, freq_words_extraction.py, cons
   Python's documentation, not out of wonderwords. Answers are scored as there.
 - `niah_multikey_1` has as many keys as there are depths, at these depths, and each is asked for; RULER has four, at
   random ones, and asks for one. A text is read once and its questions are asked one after the other.
-- Of a number at most 16 tokens are made, not 128, and none after the first whole number: the first one said counts.
-  For vt, cwe and fwe they are 30, 120 and 50 as there, or until all is said.
+- Of a number at most 16 tokens are made, not 128, and the first number said counts. For vt, cwe and fwe they are 30,
+  120 and 50 as there.
 - Prompts are plain, without a chat template, as RULER's `base` ones.
 
 Letters: N tokens of a text with its question and the tokens to generate, as RULER counts.
@@ -61,20 +61,24 @@ FREQUENT = (
 
 @dataclass(frozen=True)
 class Question:
-    """Tokens behind the text, what the answer must contain, in how many tokens, and where in the text it lies (0 to 1).
+    """What is asked behind a text.
 
-    `decided`: a pattern; what is said after the first match does not count.
+    tokens: of the question. answers: what must be said, in up to `new_tokens` tokens. depth: where in the text the
+    answer lies, 0 to 1. draft: an answer that would be right, in tokens; it saves time and changes nothing.
+    is_number: the first number that is said is the answer.
     """
 
     tokens: list[int]
     answers: list[str]
     new_tokens: int
     depth: float | None = None
-    decided: str | None = None
+    draft: tuple[int, ...] = ()
+    is_number: bool = False
 
     def is_over(self, said: str) -> bool:
         """Whether nothing that is said later can change the score."""
-        return score(self, said) == 1 or bool(self.decided and re.search(self.decided, said))
+        number = re.search(r"\d+", said) if self.is_number else None
+        return score(self, said) == 1 or number is not None and not self.answers[0].startswith(number[0])
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,9 @@ class Tasks:
         text = re.sub(r"\s+", " ", load_text(self.haystack))
         return re.split(r"(?<=[.!?]) ", text)
 
+    def about_number(self, question: list[int], number: str, depth: float) -> Question:
+        return Question(question, [number], 16, depth, tuple(self.encode(f" {number}")), is_number=True)
+
     def passkey(self, length: int, trial: int, depth: float) -> Case:
         """One number in noise (Mohtashami and Jaggi 2023, arXiv 2305.16300)."""
         key = str(random.Random(f"passkey {length} {trial}").randrange(10000, 99999))
@@ -150,7 +157,7 @@ class Tasks:
         count = room // len(noise)
         before = round(depth * count)
         text = head + noise * before + needle + noise * (count - before)
-        return Case(text, [Question(question, [key], 16, depth, r"\d{5}")])
+        return Case(text, [self.about_number(question, key, depth)])
 
     def niah_multikey_1(self, length: int, chosen: random.Random) -> Case:
         words = chosen.sample(self.words, 2 * len(DEPTHS))
@@ -172,7 +179,7 @@ class Tasks:
         room = length - max(map(len, questions)) - 16
         size = largest(lambda count: len(text(count)) <= room, len(DEPTHS), min(len(around), length))
         asked = zip(questions, values, DEPTHS)
-        return Case(text(size), [Question(question, [value], 16, depth, r"\d{7}") for question, value, depth in asked])
+        return Case(text(size), [self.about_number(*one) for one in asked])
 
     @staticmethod
     def _chain(chosen: random.Random, letters: int, hops: int = 4) -> tuple[list[str], str, list[str]]:
@@ -209,7 +216,10 @@ class Tasks:
             return len(self.encode(text)) + len(self.encode(question)) + 30 <= length
 
         text, question, answers = make(largest(fits, 5, length), 5)
-        return Case(self.encode(text), [Question(self.encode(question), answers, 30)])
+        return Case(
+            self.encode(text),
+            [Question(self.encode(question), answers, 30, draft=tuple(self.encode(" ".join(answers))))],
+        )
 
     def _word_list(self, chosen: random.Random, count: int, common: int, other: int) -> tuple[str, list[str]]:
         words = chosen.sample(self.words if count <= len(self.words) else self.more_words, count)
