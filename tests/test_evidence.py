@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from examples.evidence import needles
+from examples.evidence import needles, positions, runtime
 from examples.evidence.reading import ask, read
 from examples.evidence.ruler_tasks import DEPTHS, Question, Tasks, score
 from modeling_longnet import export_patched_model, load_patched_model, patch_model
@@ -167,7 +167,9 @@ def test_tasks_fill_their_length_and_hold_their_answers(task, length):
         assert counts == sorted(counts, reverse=True) and counts[-1] > 1
 
 
-def test_what_was_asked_is_not_asked_again(tmp_path, monkeypatch):
+@pytest.fixture
+def byte_model(tmp_path):
+    """A folder with a tiny model over bytes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -175,7 +177,11 @@ def test_what_was_asked_is_not_asked_again(tmp_path, monkeypatch):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--tasks", "passkey", "niah_multikey_1", "--lengths", "2048",
+    return tmp_path / "model"
+
+
+def test_what_was_asked_is_not_asked_again(byte_model, tmp_path, monkeypatch):
+    arguments = ["--model", str(byte_model), "--tasks", "passkey", "niah_multikey_1", "--lengths", "2048",
                  "--variants", "dense", "with memory", "--output", str(tmp_path / "x.json")]  # fmt: skip
     first = needles.main([*arguments, "--trials", "1"])
     assert len(first["records"]) == 2 * (1 + 5) and (tmp_path / "x.png").exists()
@@ -194,3 +200,46 @@ def test_the_table_compares_forms_on_the_same_texts():
 
     rows = [record("dense", 0, 1.0), record("dense", 1, 0.0), record("with memory", 0, 0.5)]
     assert needles.table(rows).splitlines()[-1] == "| vt | 64 | 1 | 1.00 | 0.50 (0.50) |"
+
+
+def test_losses_by_position_are_those_of_the_full_forward(byte_model, tmp_path):
+    arguments = ["--model", str(byte_model), "--length", "1300", "--chunk-size", "500", "--windows", "2", "--variants",
+                 "dense", "default patch", "--output", str(tmp_path / "x.json")]  # fmt: skip
+    result = positions.main(arguments)
+    assert len(result["records"]) == 2 * 2 * 2 and (tmp_path / "x.png").exists()
+    model = LlamaForCausalLM.from_pretrained(byte_model).eval()
+    for record in result["records"][:2]:
+        text = positions.load_text(record["text"])
+        tokens = positions.window_of(lambda part: ByT5Tokenizer(extra_ids=0)(part).input_ids, text, 0, 2, 1300)
+        if record["variant"] != "dense":
+            patch_model(model, **positions.VARIANTS[record["variant"]])
+        with torch.no_grad():
+            logits = model(tokens[None], use_cache=False).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+        assert record["loss"] == pytest.approx(losses.mean().item(), abs=1e-4)
+        last = record["buckets"][-1]
+        assert last["loss"] == pytest.approx(losses[last["start"] :].mean().item(), abs=1e-4)
+    assert {row["text"] for row in result["summary"]} == {"python-docs", "python-source", "all texts"}
+    before = (tmp_path / "x.json").read_text()
+    positions.main(arguments)
+    assert (tmp_path / "x.json").read_text() == before
+
+
+def test_an_interval_holds_the_ratio_and_narrows_with_agreement():
+    apart, close = ({"a": [x, -x, 0.1], "b": [0.2, 0.1, x]} for x in (0.5, 0.1))
+    wide, narrow = positions.interval(apart), positions.interval(close)
+    assert wide["low"] < wide["ratio"] < wide["high"]
+    assert narrow["high"] - narrow["low"] < wide["high"] - wide["low"]
+    same = positions.interval({"a": [0.25, 0.25]})
+    assert same["low"] == pytest.approx(same["high"]) == pytest.approx(1.2840254)
+
+
+def test_figure_5_measures_both_sides_until_the_budget_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "seconds_of", lambda run, device: run().isfinite().all().item() * 1.0)
+    arguments = ["--lengths", "1024", "2048", "--budget", "3", "--output", str(tmp_path / "x.json")]
+    rows = runtime.main(arguments)["rows"]
+    assert [(row["side"], row["tokens"]) for row in rows if row["kind"] == "operator"] == [
+        ("dense", 1024), ("LongNet", 1024), ("LongNet", 2048),
+    ]  # fmt: skip
+    assert "too slow" in (tmp_path / "x.md").read_text() and (tmp_path / "x.png").exists()
+    assert runtime.main(arguments)["rows"] == rows
