@@ -144,7 +144,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     """Asks what is missing; returns what the file holds."""
-    options = parse(arguments)
+    options, origin = parse(arguments), provenance()
     path = options.model or str(smollm2_135m())
     model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> dict:
                 key = {"variant": variant + suffix, "task": task, "length": length, "trial": trial}
                 records += [key | row for row in rows]
                 result = {
-                    "provenance": provenance(), "model": Path(path).name, "adapter": options.adapter,
+                    "provenance": origin, "model": Path(path).name, "adapter": options.adapter,
                     "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS, "records": records,
                 }  # fmt: skip
                 write_json(options.output, result)

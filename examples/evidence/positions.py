@@ -202,7 +202,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     """Reads what is missing; returns what the file holds."""
-    options = parse(arguments)
+    options, origin = parse(arguments), provenance()
     path = options.model or str(smollm2_135m())
     model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> dict:
         key = {"variant": variant + suffix, "text": text, "window": window, "length": options.length}
         records.append(key | row)
         result = {
-            "provenance": provenance(), "model": Path(path).name, "adapter": options.adapter, "dtype": options.dtype,
+            "provenance": origin, "model": Path(path).name, "adapter": options.adapter, "dtype": options.dtype,
             "variants": VARIANTS, "windows of a text": options.windows, "records": records,
         }  # fmt: skip
         write_json(options.output, result)

@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, value in SCALES[options.scale].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    origin = provenance()
     rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
     done, result = {(row["kind"], row["side"], row["tokens"]) for row in rows}, {"rows": rows}
     todo = [(k, s, n) for n in sorted(options.lengths) for k in options.kinds for s in SIDES if (k, s, n) not in done]
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> dict:
         run = KINDS[kind](side, length, getattr(torch, options.dtype), options.device)
         rows.append({"kind": kind, "side": side, "tokens": length, "seconds": seconds_of(run, options.device)})
         result = {
-            "provenance": provenance(), "first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype,
+            "provenance": origin, "first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype,
             "time": "clock" if options.device == "cuda" else "processor", "rows": rows,
         }  # fmt: skip
         write_json(options.output, result)
