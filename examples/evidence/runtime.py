@@ -103,16 +103,19 @@ def draw(result: dict, path: Path) -> None:
     save_figure(figure, path, result["provenance"])
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: microseconds per token."""
+def table(rows: list[dict], budget: float) -> str:
+    """Markdown: microseconds per token; nothing where nothing was asked for."""
     found = {(row["kind"], row["side"], row["tokens"]): row["seconds"] for row in rows}
     columns = list(dict.fromkeys((row["kind"], side) for row in rows for side in SIDES))
     lines = ["| tokens | " + " | ".join(f"{side}, {kind}" for kind, side in columns) + " |"]
     lines.append("|---:|" + "---:|" * len(columns))
     for length in sorted({row["tokens"] for row in rows}):
-        cells = [found.get((*column, length)) for column in columns]
-        shown = " | ".join("too slow" if cell is None else f"{1e6 * cell / length:,.1f}" for cell in cells)
-        lines.append(f"| {length:,} | {shown} |")
+        cells = []
+        for kind, side in columns:
+            seconds = found.get((kind, side, length))
+            missing = "" if fits(rows, kind, side, length, budget) else "too slow"
+            cells.append(missing if seconds is None else f"{1e6 * seconds / length:,.1f}")
+        lines.append(f"| {length:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -147,9 +150,9 @@ def main(arguments: list[str] | None = None) -> dict:
         }  # fmt: skip
         write_json(options.output, result)
     if len(result) > 1:
-        options.output.with_suffix(".md").write_text(table(rows))
+        options.output.with_suffix(".md").write_text(table(rows, options.budget))
         draw(result, options.output.with_suffix(".png"))
-    print(table(rows))
+    print(table(rows, options.budget))
     return result
 
 
