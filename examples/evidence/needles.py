@@ -13,7 +13,6 @@ texts, more often, in bfloat16.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from examples.evidence.reading import VARIANTS, ask, in_form, load_model, read
+from examples.evidence.reading import VARIANTS, ask, in_form, load_model, open_record, read
 from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
-from examples.reporting import provenance, save_figure, write_json
+from examples.reporting import save_figure, write_json
 from examples.smollm2 import smollm2_135m
 
 
@@ -144,12 +143,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     """Asks what is missing; returns what the file holds."""
-    options, origin = parse(arguments), provenance()
+    options = parse(arguments)
     path = options.model or str(smollm2_135m())
     model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tasks = Tasks(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids, options.haystack)
-    records = json.loads(options.output.read_text())["records"] if options.output.exists() else []
+    records, origin = open_record(options.output)
     done = {(r["task"], r["length"], r["trial"], r["variant"]) for r in records}
     suffix = WITH_ADAPTER if options.adapter else ""
     # All forms read a text before the next one is made, and short texts come first: a stop leaves a fair comparison.
@@ -168,7 +167,7 @@ def main(arguments: list[str] | None = None) -> dict:
                 key = {"variant": variant + suffix, "task": task, "length": length, "trial": trial}
                 records += [key | row for row in rows]
                 result = {
-                    "provenance": origin, "model": Path(path).name, "adapter": options.adapter,
+                    **origin, "model": Path(path).name, "adapter": options.adapter,
                     "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS, "records": records,
                 }  # fmt: skip
                 write_json(options.output, result)

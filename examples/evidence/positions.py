@@ -20,9 +20,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Cache
 
 from examples.evidence.needles import WITH_ADAPTER
-from examples.evidence.reading import VARIANTS, in_form, load_model, new_cache
+from examples.evidence.reading import VARIANTS, in_form, load_model, new_cache, open_record
 from examples.perplexity import position_buckets
-from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.reporting import new_figure, save_figure, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet.transformers_compat import named_cache
@@ -202,11 +202,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     """Reads what is missing; returns what the file holds."""
-    options, origin = parse(arguments), provenance()
+    options = parse(arguments)
     path = options.model or str(smollm2_135m())
     model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    records = json.loads(options.output.read_text())["records"] if options.output.exists() else []
+    records, origin = open_record(options.output)
     done = {(r["variant"], r["text"], r["window"], r["length"]) for r in records}
     suffix = WITH_ADAPTER if options.adapter else ""
     todo = [
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> dict:
         key = {"variant": variant + suffix, "text": text, "window": window, "length": options.length}
         records.append(key | row)
         result = {
-            "provenance": origin, "model": Path(path).name, "adapter": options.adapter, "dtype": options.dtype,
+            **origin, "model": Path(path).name, "adapter": options.adapter, "dtype": options.dtype,
             "variants": VARIANTS, "windows of a text": options.windows, "records": records,
         }  # fmt: skip
         write_json(options.output, result)

@@ -1,5 +1,6 @@
 """What is compared, and how a text is read: the forms of attention, each over as many keys, and reading by chunks."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from examples.evidence.ruler_tasks import Question
+from examples.reporting import provenance
 from modeling_longnet import DilatedCache, patch_model, unpatch_model
 from modeling_longnet.patching import is_patched
 from modeling_longnet.transformers_compat import named_cache
@@ -26,6 +28,17 @@ VARIANTS: dict[str, dict | None] = {
     "default patch": {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]},
     "with memory": {"segment_lengths": [512], "dilation_rates": [1], "memory": {}},
 }  # fmt: skip
+
+
+def open_record(path: Path, rows: str = "records") -> tuple[list[dict], dict]:
+    """What a JSON file holds already, and where this run begins: its provenance, with that of the runs before it."""
+    origin = {"provenance": provenance(), "earlier runs": []}
+    if not path.exists():
+        return [], origin
+    found = json.loads(path.read_text())
+    runs = [*found["earlier runs"], found["provenance"]]
+    origin["earlier runs"] = [run for i, run in enumerate(runs) if run not in (*runs[:i], origin["provenance"])]
+    return found[rows], origin
 
 
 def load_model(model: str | Path, adapter: str | Path | None = None, **kwargs) -> PreTrainedModel:

@@ -11,7 +11,6 @@ is measured; run it again to go on.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.evidence.reading import open_record
+from examples.reporting import new_figure, save_figure, write_json
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 
 
@@ -134,8 +134,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, value in SCALES[options.scale].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    origin = provenance()
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    rows, origin = open_record(options.output, "rows")
     done, result = {(row["kind"], row["side"], row["tokens"]) for row in rows}, {"rows": rows}
     todo = [(k, s, n) for n in sorted(options.lengths) for k in options.kinds for s in SIDES if (k, s, n) not in done]
     for kind, side, length in tqdm(todo, unit="point"):
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> dict:
         run = KINDS[kind](side, length, getattr(torch, options.dtype), options.device)
         rows.append({"kind": kind, "side": side, "tokens": length, "seconds": seconds_of(run, options.device)})
         result = {
-            "provenance": origin, "first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype,
+            **origin, "first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype,
             "time": "clock" if options.device == "cuda" else "processor", "rows": rows,
         }  # fmt: skip
         write_json(options.output, result)
