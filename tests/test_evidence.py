@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, Llama
 
 from examples.evidence import needles, positions, runtime
 from examples.evidence.reading import ask, read
-from examples.evidence.ruler_tasks import DEPTHS, Question, Tasks, score
+from examples.evidence.ruler_tasks import DEPTHS, Question, Tasks, largest, score
 from modeling_longnet import export_patched_model, load_patched_model, patch_model
 
 
@@ -141,6 +141,15 @@ def test_the_first_number_that_is_said_is_the_answer():
     said = {"": False, " is 47": False, " is 4711": True, " is 48": True, " 47112": True}
     assert {text: question.is_over(text) for text in said} == said
     assert score(question, " it is 4711.") == 1 and score(Question([1], ["ab", "cd", "ef", "gh"], 9), "CD, gh") == 0.5
+
+
+@pytest.mark.parametrize(("low", "bound", "high"), [(1, 1, 9), (3, 7, 100), (3, 99, 100), (5, 63, 64), (2, 999, 64)])
+def test_the_largest_size_that_fits_is_found(low, bound, high):
+    tried = []
+    assert largest(lambda size: tried.append(size) or size <= bound, low, high) == min(bound, high - 1)
+    assert max(tried) <= 2 * bound  # a text is made and counted for every try
+    with pytest.raises(ValueError, match="lengths"):
+        largest(lambda size: False, low, high)
 
 
 @pytest.mark.parametrize("task", Tasks.NAMES)

@@ -102,6 +102,9 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     """
     if not fits(low):
         raise ValueError("`lengths` must leave room for the task's question and answer; the shortest text is too long.")
+    while 2 * low < high and fits(2 * low):
+        low *= 2
+    high = min(high, 2 * low)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
