@@ -9,6 +9,7 @@ after each part and is not made again: stop it and go on with the same command.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from examples.evidence.neighbours.backbone import ModelShape, System, state_bytes
 from examples.evidence.neighbours.systems import SYSTEMS, build_system
-from examples.evidence.recall import RecallModel, accuracy, recall_losses
+from examples.evidence.recall import measure_recall
 from examples.evidence.records import mean, measure_missing
 from examples.evidence.source_code import source_bytes
 from examples.evidence.training import bits_per_byte, text_losses, train
@@ -33,7 +34,7 @@ SCALES = {
             "grid": [[64, 4], [128, 8], [256, 16]], "test_grid": [[64, 4], [128, 8], [256, 16], [512, 24]],
             "vocab_size": 64, "window": 8, "tokens_per_batch": 2048, "steps": 400, "learning_rate": 1e-2,
         },
-        "seconds_per_speed": 20,
+        "speed": {"seconds_per_text": 20},
     },
     "gpu": {
         "shape": {
@@ -45,7 +46,7 @@ SCALES = {
             "test_grid": [[64, 4], [128, 8], [256, 16], [512, 64], [1024, 64]],
             "vocab_size": 8192, "window": 16, "tokens_per_batch": 65536, "steps": 12000, "learning_rate": 1e-3,
         },
-        "seconds_per_speed": 60,
+        "speed": {"seconds_per_text": 60},
     },
 }  # fmt: skip
 CONTEXTS = 512, 2048, 8192
@@ -70,21 +71,6 @@ def measure_text(name: str, scale: dict, device: str, seed: int) -> dict:
         "train_tokens_per_second": tokens / seconds,
         **trained,
     }
-
-
-def measure_recall(name: str, scale: dict, device: str, seed: int) -> dict:
-    """Accuracy by (N, K) after training on the mixture."""
-    setting = scale["recall"]
-    longest = max(length for length, _ in setting["test_grid"])
-    vocabulary = setting["vocab_size"]
-    sizes = {**scale["shape"], "vocab_size": vocabulary, "window": setting["window"], "max_length": longest}
-    model = RecallModel(build_system(name, ModelShape(**sizes), seed)).to(device)
-    batches = recall_losses(model, setting["grid"], setting["tokens_per_batch"], vocabulary, seed)
-    trained = train(model, batches, setting["steps"], setting["learning_rate"], lambda steps: tqdm(steps, leave=False))
-    by_size = {
-        f"{length},{pairs}": accuracy(model, length, pairs, vocabulary) for length, pairs in setting["test_grid"]
-    }
-    return {"accuracy": by_size, "parameters": model.system.num_inner_parameters(), **trained}
 
 
 def _clock(device: str) -> float:
@@ -123,7 +109,8 @@ def measure_speed(name: str, scale: dict, device: str, seed: int) -> dict:
     result: dict = {"prefill_tokens_per_second": {}, "decode_ms_per_token": {}, "state_bytes": {}}
     seconds, previous = 0.0, 1
     for length in sorted({*PREFILL, *DECODE}):
-        if seconds * (length / previous) > scale["seconds_per_speed"]:  # at least, if time grows with the length
+        if seconds * (length / previous) > scale["speed"]["seconds_per_text"]:  # at least, if time grows with the
+        length
             own = None
         else:
             seconds, state = _read(model, length, device)
@@ -138,7 +125,7 @@ def measure_speed(name: str, scale: dict, device: str, seed: int) -> dict:
 
 PARTS: dict[str, Callable[[str, dict, str, int], dict]] = {
     "text": measure_text,
-    "recall": measure_recall,
+    "recall": lambda name, *rest: measure_recall(functools.partial(build_system, name), *rest),
     "speed": measure_speed,
 }
 
@@ -153,7 +140,8 @@ def run(path: Path, scale_name: str, parts: list[str], systems: list[str], seeds
     def measure(part: str, system: str, seed: int) -> dict:
         return PARTS[part](system, scale, device, seed)
 
-    return measure_missing(path, scale, wanted, measure)
+    settings = {name: value for name, value in scale.items() if name not in PARTS or name in parts}
+    return measure_missing(path, settings, wanted, measure)
 
 
 def _mean(result: dict, system: str, part: str, *path: str) -> float | None:
@@ -166,7 +154,7 @@ def table(result: dict) -> str:
         *((f"bits/byte {context}", ("text", "bits_per_byte", str(context)), ".3f") for context in CONTEXTS),
         *(
             (f"recall {length}, {pairs}", ("recall", "accuracy", f"{length},{pairs}"), ".2f")
-            for length, pairs in result["settings"]["recall"]["test_grid"]
+            for length, pairs in result["settings"].get("recall", {}).get("test_grid", [])
         ),
         ("train tokens/s", ("text", "train_tokens_per_second"), ",.0f"),
         *((f"prefill {n // 1024}K", ("speed", "prefill_tokens_per_second", str(n)), ",.0f") for n in PREFILL),
@@ -193,7 +181,7 @@ def draw(result: dict, path: Path) -> None:
     """Loss by context, recall over the state that it takes, and speed by length."""
     figure, (losses, recall, speed) = new_figure(3)
     figure.set_size_inches(19, 6.5)
-    longest = "{},{}".format(*max(result["settings"]["recall"]["grid"]))
+    longest = "{},{}".format(*max(result["settings"].get("recall", {}).get("grid", [(0, 0)])))
     for index, name in enumerate(SYSTEMS):
         style = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "label": name, "markersize": 5}
         bits = [_mean(result, name, "text", "bits_per_byte", str(context)) for context in CONTEXTS]

@@ -9,12 +9,14 @@ Letters: B rows, N tokens, K pairs, V vocabulary, E hidden size.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from examples.evidence.neighbours.backbone import CausalConvolution, System
+from examples.evidence.neighbours.backbone import CausalConvolution, ModelShape, System
+from examples.evidence.training import train
 
 
 GRID = (64, 4), (128, 8), (256, 16), (512, 64)  # Zoology, figure 2
@@ -73,6 +75,21 @@ def recall_losses(
     for length, num_pairs in itertools.cycle(grid):
         batch = make_batch(max(1, tokens_per_batch // length), length, num_pairs, vocab_size, generator)
         yield nn.functional.cross_entropy(*model(*(t.to(device) for t in batch)))
+
+
+def measure_recall(build: Callable[[ModelShape, int], System], scale: dict, device: str, seed: int) -> dict:
+    """Accuracy by (N, K) of a system, made from a shape and a seed, after training on the mixture of
+    `scale["recall"]`."""
+    setting = scale["recall"]
+    vocabulary, longest = setting["vocab_size"], max(length for length, _ in setting["test_grid"])
+    sizes = {**scale["shape"], "vocab_size": vocabulary, "window": setting["window"], "max_length": longest}
+    model = RecallModel(build(ModelShape(**sizes), seed)).to(device)
+    batches = recall_losses(model, setting["grid"], setting["tokens_per_batch"], vocabulary, seed)
+    trained = train(model, batches, setting["steps"], setting["learning_rate"], lambda steps: tqdm(steps, leave=False))
+    by_size = {
+        f"{length},{pairs}": accuracy(model, length, pairs, vocabulary) for length, pairs in setting["test_grid"]
+    }
+    return {"accuracy": by_size, "parameters": model.system.num_inner_parameters(), **trained}
 
 
 @torch.no_grad()

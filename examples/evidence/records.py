@@ -18,9 +18,10 @@ def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Cal
         ValueError: the file was measured with other settings.
     """
     settings = json.loads(json.dumps(settings))
-    result = json.loads(path.read_text()) if path.exists() else {"settings": settings, "records": []}
-    if result["settings"] != settings:
-        raise ValueError(f"{path} was measured with other settings: choose another `--output`, or move it away.")
+    result = json.loads(path.read_text()) if path.exists() else {"settings": {}, "records": []}
+    for name, value in settings.items():
+        if result["settings"].setdefault(name, value) != value:
+            raise ValueError(f"{path} was measured with another {name!r}: choose another `--output`, or move it away.")
     done = [{name: record.get(name) for name in key} for record in result["records"] for key in wanted[:1]]
     for key in tqdm([key for key in wanted if key not in done], unit="record"):
         result["records"].append({**key, **measure(**key), "provenance": provenance()})

@@ -63,6 +63,24 @@ class Union(Pattern):
         return torch.stack([pattern.still_read(keys, position) for pattern in self.patterns]).any(0)
 
 
+class Bounded(Pattern):
+    """Those pairs of a pattern that are less than `reach` apart."""
+
+    def __init__(self, pattern: Pattern, reach: int):
+        self.pattern, self.reach = pattern, reach
+        self.query_block = pattern.query_block
+
+    def visible(self, queries, keys):
+        return self.pattern.visible(queries, keys) & (_distance(queries, keys) < self.reach)
+
+    def candidates(self, start, stop):
+        keys = self.pattern.candidates(start, stop)
+        return keys[keys > start - self.reach]
+
+    def still_read(self, keys, position):
+        return self.pattern.still_read(keys, position) & (keys > position - self.reach)
+
+
 class SlidingWindow(Pattern):
     """The last `window` tokens of every `dilation`-th one, the query's own included; a dilation for each head, or one.
 
