@@ -109,8 +109,8 @@ def measure_speed(name: str, scale: dict, device: str, seed: int) -> dict:
     result: dict = {"prefill_tokens_per_second": {}, "decode_ms_per_token": {}, "state_bytes": {}}
     seconds, previous = 0.0, 1
     for length in sorted({*PREFILL, *DECODE}):
-        if seconds * (length / previous) > scale["speed"]["seconds_per_text"]:  # at least, if time grows with the
-        length
+        least = seconds * length / previous  # if its time grows with its length alone
+        if least > scale["speed"]["seconds_per_text"]:
             own = None
         else:
             seconds, state = _read(model, length, device)

@@ -127,8 +127,8 @@ def table(result: dict) -> str:
 def draw(result: dict, path: Path) -> None:
     contexts = result["settings"]["contexts"]
     figure, axes = new_figure(2)
-    for axis, kind in zip(axes, ("at the training context", "8,192 tokens read, distances bounded by the training
-    context")):
+    titles = "read at the training context", f"read at {contexts[-1]:,}, distances within the training context"
+    for axis, title in zip(axes, titles):
         for index, system in enumerate(SYSTEMS):
             points = []
             for context in contexts:
@@ -140,7 +140,7 @@ def draw(result: dict, path: Path) -> None:
                 axis.plot(*zip(*means), color=f"C{index}", label=system)
                 axis.plot(*zip(*points), "o", color=f"C{index}", markersize=3)
         axis.set(xscale="log", xlabel="training context (bytes)", ylabel="bits per byte, held-out code")
-        axis.set_title(kind.replace("8,192", f"{contexts[-1]:,}"), fontsize=8)
+        axis.set_title(title, fontsize=8)
         axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axis.minorticks_off()
     axes[0].legend()
@@ -161,7 +161,9 @@ def main(arguments: list[str] | None = None) -> dict:
         for system in SYSTEMS
         for context in scale["contexts"]
     ]
-    result = measure_missing(options.output, scale, wanted, lambda **key: measure(**key, scale=scale, device=options.device))
+    result = measure_missing(
+        options.output, scale, wanted, lambda **key: measure(**key, scale=scale, device=options.device)
+    )
     options.output.with_suffix(".md").write_text(table(result))
     print(table(result))
     draw(result, options.output.with_suffix(".png"))

@@ -78,8 +78,7 @@ def recall_losses(
 
 
 def measure_recall(build: Callable[[ModelShape, int], System], scale: dict, device: str, seed: int) -> dict:
-    """Accuracy by (N, K) of a system, made from a shape and a seed, after training on the mixture of
-    `scale["recall"]`."""
+    """Accuracy by (N, K) of a system, made from a shape and a seed, after training on `scale["recall"]`."""
     setting = scale["recall"]
     vocabulary, longest = setting["vocab_size"], max(length for length, _ in setting["test_grid"])
     sizes = {**scale["shape"], "vocab_size": vocabulary, "window": setting["window"], "max_length": longest}
