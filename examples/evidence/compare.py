@@ -29,7 +29,7 @@ from examples.reporting import new_figure, save_figure
 SCALES = {
     "cpu": {
         "shape": {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "window": 32},
-        "text": {"context": 2048, "rows": 1, "steps": 160, "learning_rate": 5e-3, "test_bytes": 32768},
+        "text": {"context": 512, "rows": 4, "steps": 240, "learning_rate": 3e-3, "test_bytes": 32768},
         "recall": {
             "grid": [[64, 4], [128, 8], [256, 16]], "test_grid": [[64, 4], [128, 8], [256, 16], [512, 24]],
             "vocab_size": 64, "window": 8, "tokens_per_batch": 2048, "steps": 400, "learning_rate": 1e-2,
@@ -189,7 +189,7 @@ def draw(result: dict, path: Path) -> None:
             losses.plot(CONTEXTS, bits, **style)
         right, held = (
             _mean(result, name, "recall", "accuracy", longest),
-            _mean(result, name, "speed", "state_bytes", "1024"),
+            _mean(result, name, "speed", "state_bytes", str(DECODE[0])),
         )
         if right is not None and held is not None:
             recall.plot(held / 1024, right, linestyle="", **style)
@@ -201,7 +201,7 @@ def draw(result: dict, path: Path) -> None:
     losses.set(xscale="log", xlabel="context (bytes)", ylabel="bits per byte, held-out code")
     losses.set_xticks(CONTEXTS, [f"{context:,}" for context in CONTEXTS])
     losses.minorticks_off()
-    recall.set(xscale="log", xlabel="state after 1,024 tokens (KiB)", ylabel=f"recall accuracy at N, K = {longest}")
+    recall.set(xscale="log", xlabel=f"state after {DECODE[0]:,} tokens (KiB)", ylabel=f"recall at N, K = {longest}")
     speed.set(xscale="log", yscale="log", xlabel="tokens of the text", ylabel="tokens read per second")
     speed.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path, result["records"][-1]["provenance"])

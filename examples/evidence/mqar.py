@@ -42,7 +42,7 @@ SCHEDULES = {
     "LongNet: 4w, 64w at rate 4": _patch((4, 1), (64, 4)),
     "LongNet: 4w, 64w at rate 16": _patch((4, 1), (64, 16)),
     "LongNet: 8w, 64w at rate 8": _patch((8, 1), (64, 8)),
-    "LongNet: the paper's segments": _patch((4, 1), (16, 4), (64, 16), local="segments", overlap="count"),
+    "LongNet: the paper's segments": _patch((4, 1), (16, 4), (64, 16), local="segment", overlap="count"),
     "LongNet: the table's, 16 blocks of 4 from memory": lambda shape: {
         **dilated_patch(shape),
         "memory": {"block_size": 4, "top_k": 16, "dimensions": None},
