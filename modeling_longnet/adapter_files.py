@@ -4,6 +4,8 @@ import functools
 import importlib
 import importlib.util
 import json
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,19 +92,44 @@ def _tell_in_card(path: Path, is_patched: bool) -> None:
     card.save(path)
 
 
-def record_in_adapters() -> None:
-    """Have PEFT write the settings beside an adapter whose base model is patched, and the notice into its card.
+class AdapterRecord:
+    """While one lives, PEFT writes the settings beside an adapter whose base model is patched, and the notice into its
+    card. Each patched model holds one, and so does each copy of it.
 
     The adapter alone is saved, never the base model's configuration, and a PEFT model may be made before or after the
-    patch; these methods of the class are what every way of saving passes, Trainer's and the Hub's included.
+    patch; the methods of PEFT's class that are exchanged are what every way of saving passes, Trainer's and the Hub's
+    included. With the last record they are put back.
     """
-    if importlib.util.find_spec("peft") is None:
-        return
-    # No import statement: what those name, Transformers demands of all who load this code from the Hub.
-    PeftModel = importlib.import_module("peft").PeftModel
+
+    def __init__(self):
+        if importlib.util.find_spec("peft") is None:
+            return
+        # No import statement: what those name, Transformers demands of all who load this code from the Hub.
+        PeftModel = importlib.import_module("peft").PeftModel
+        weakref.finalize(self, _put_back, PeftModel).atexit = False
+        with _LOCK:
+            while self not in _records(PeftModel):  # a collection of garbage may put the methods back in between
+                _records(PeftModel).add(self)
+
+    def keep_with(self, model: PreTrainedModel) -> None:
+        """Lives on as long as a model that holds it no more."""
+        weakref.finalize(model, id, self).atexit = False  # a reference to it
+
+    def __deepcopy__(self, memo: dict) -> "AdapterRecord":
+        return AdapterRecord()
+
+    def __reduce__(self):
+        return AdapterRecord, ()
+
+
+_LOCK = threading.RLock()  # a collection of garbage may come to it within itself
+
+
+def _records(PeftModel: type) -> weakref.WeakSet:
+    """The living records; where there are none, the methods are exchanged first."""
     save, upload = PeftModel.save_pretrained, getattr(PeftModel, UPLOAD)
-    if hasattr(save, "records_dilated_attention"):
-        return
+    if hasattr(save, "dilated_attention_records"):
+        return save.dilated_attention_records
 
     @functools.wraps(save)
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -124,6 +151,22 @@ def record_in_adapters() -> None:
         _tell_in_card(Path(working_dir) / "README.md", _settings_of(self) is not None)
         return upload(self, working_dir, *args, **kwargs)
 
-    save_pretrained.records_dilated_attention = True
-    PeftModel.save_pretrained = save_pretrained
-    setattr(PeftModel, UPLOAD, upload_modified_files)
+    save_pretrained.dilated_attention_records = records = weakref.WeakSet()
+    exchanged = {"save_pretrained": save_pretrained, UPLOAD: upload_modified_files}
+    save_pretrained.exchanged = {new: vars(PeftModel).get(name) for name, new in exchanged.items()}
+    for name, new in exchanged.items():
+        setattr(PeftModel, name, new)
+    return records
+
+
+def _put_back(PeftModel: type) -> None:
+    """Gives PEFT's class its own methods again if no record lives, unless others have put theirs over ours."""
+    with _LOCK:
+        save, now = PeftModel.save_pretrained, {name: getattr(PeftModel, name) for name in ("save_pretrained", UPLOAD)}
+        if any(getattr(save, "dilated_attention_records", (True,))) or {*now.values()} != {*save.exchanged}:
+            return
+        for name, new in now.items():
+            if save.exchanged[new] is None:  # it was inherited
+                delattr(PeftModel, name)
+            else:
+                setattr(PeftModel, name, save.exchanged[new])

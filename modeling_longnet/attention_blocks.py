@@ -5,6 +5,7 @@ each block's kernel again with the final out and log-sum-exp (see attention_kern
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,10 @@ from .dilation_plan import Block, Rows
 
 # Elements of the queries in one kernel call on a CPU: enough for all cores, little beside the inputs of a long text.
 CPU_CALL_SIZE = 2**20
+
+
+# Where a block's keys lie, see `VisibleKeys`.
+Locate = Callable[[Block], Rows | torch.Tensor]
 
 
 def strided_rows(x: torch.Tensor, heads: slice, rows: Rows, repeats: int, stride: int) -> torch.Tensor:
@@ -32,25 +37,65 @@ def block_queries(x: torch.Tensor, block: Block, start: int) -> torch.Tensor:
     return strided_rows(x, block.heads, block.region.queries.shift(-start), block.repeats, block.stride)
 
 
-class DenseKeys:
-    """Keys and values [B, G, N, D] of positions 0..N-1, and, for the backward, where their gradients gather."""
+def _in_order(block: Block) -> Rows:
+    return block.region.keys
 
-    def __init__(self, key, value, key_grad=None, value_grad=None):
-        self.key, self.value, self.key_grad, self.value_grad = key, value, key_grad, value_grad
 
-    def _rows(self, x: torch.Tensor, block: Block) -> torch.Tensor:
-        return strided_rows(x, block.kv_heads, block.region.keys, block.repeats, block.stride)
+class VisibleKeys:
+    """Keys and values [B, G, M, D] whose order `locate` knows, and where, in the backward, their gradients gather.
 
-    def get(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    This is the one hook for all that does not have every key at hand in the order of positions, the default.
+
+    Args:
+        locate: tells for a block where its keys (`block.region.keys`, `block.pattern`, `block.offset`,
+            `block.kv_heads`) lie: a stretch of M (repeats follow at the block's own stride), indices of M
+            [repeats * keys], or, for a buffer in which texts and heads lie in no order either, indices of B * G * M,
+            [texts, heads, repeats * keys].
+    """
+
+    def __init__(self, key, value, key_grad=None, value_grad=None, locate: Locate = _in_order):
+        self.pair, self.grads, self.locate = (key, value), (key_grad, value_grad), locate
+
+    @staticmethod
+    def _buffer(x: torch.Tensor, block: Block, place: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """The rows among which indices choose, along which dimension, and the indices."""
+        return (x[:, block.kv_heads], 2, place) if place.dim() == 1 else (x.view(-1, x.shape[-1]), 0, place.flatten())
+
+    def _rows(self, x: torch.Tensor, block: Block, place: Rows | torch.Tensor) -> torch.Tensor:
+        if isinstance(place, Rows):
+            return strided_rows(x, block.kv_heads, place, block.repeats, block.stride)
+        rows, dim, index = self._buffer(x, block, place)
+        return rows.index_select(dim, index).view(self._shape(x, block, place))
+
+    @staticmethod
+    def _shape(x: torch.Tensor, block: Block, place: torch.Tensor) -> tuple[int, ...]:
+        outer = place.shape[:-1] or x[:, block.kv_heads].shape[:2]
+        return *outer, block.repeats, block.region.keys.count, x.shape[-1]
+
+    def get(self, block: Block) -> tuple[torch.Tensor, ...]:
         """The block's keys and values, [B, heads, repeats, rows, D]."""
-        return self._rows(self.key, block), self._rows(self.value, block)
+        place = self.locate(block)
+        return tuple(self._rows(x, block, place) for x in self.pair)
 
-    def open_grad(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tensors shaped like those of `get`, to which the block's gradients are added."""
-        return self._rows(self.key_grad, block), self._rows(self.value_grad, block)
+    def index(self, block: Block) -> torch.Tensor:
+        """Where the block's keys lie along M, as indices [repeats * rows]."""
+        place = self.locate(block)
+        return block_positions(place, block, self.pair[0].device) if isinstance(place, Rows) else place
 
-    def close_grad(self, block: Block, key_grad: torch.Tensor, value_grad: torch.Tensor) -> None:
-        """Takes them back; here they are views, and nothing is left to do."""
+    def open_grad(self, block: Block) -> tuple[torch.Tensor, ...]:
+        """Tensors shaped like those of `get`, to which the block's gradients are added: views where there can be."""
+        place = self.locate(block)
+        if isinstance(place, Rows):
+            return tuple(self._rows(x, block, place) for x in self.grads)
+        return tuple(x.new_zeros(self._shape(x, block, place)) for x in self.grads)
+
+    def close_grad(self, block: Block, *grads: torch.Tensor) -> None:
+        """Takes them back."""
+        place = self.locate(block)
+        if not isinstance(place, Rows):
+            for total, grad in zip(self.grads, grads):
+                rows, dim, index = self._buffer(total, block, place)
+                rows.index_add_(dim, index, grad.reshape(*rows.shape[:dim], -1, rows.shape[-1]))
 
 
 def _four_dimensional(*views: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -73,16 +118,19 @@ def _flip(reverse: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.flip(2) for x in tensors) if reverse else tensors
 
 
-def _merge(out, lse, block_out, block_lse, fresh: bool) -> None:
-    """Joins a block's softmax with what the accumulator holds, in place."""
-    if fresh:
-        out.copy_(block_out)
-        lse.copy_(block_lse)
-        return
-    joint = torch.logaddexp(lse, block_lse)
+def merge_attentions(outs: tuple, lses: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Joins two softmaxes over different keys, in place of the first: outs [..., D], log-sum-exps [...].
+
+    The second out is the attention to its own keys; or a function that makes their share in the joint softmax of the
+    log-sum-exp that it is given, where there are only logits yet; or None, where all values are zero.
+    """
+    (out, other), (lse, other_lse) = outs, lses
+    joint = torch.logaddexp(lse, other_lse)
     out.mul_((lse - joint).exp_().unsqueeze(-1))
-    if block_out is not None:
-        out.addcmul_(block_out.to(out.dtype), (block_lse - joint).exp_().unsqueeze(-1))
+    if callable(other):
+        out.add_(other(joint))
+    elif other is not None:
+        out.addcmul_(other.to(out.dtype), (other_lse - joint).exp_().unsqueeze(-1))
     lse.copy_(joint)
 
 
@@ -90,56 +138,104 @@ def _zeros_lse(block: Block, like: torch.Tensor) -> torch.Tensor:
     return like.new_tensor(float(block.region.keys.count)).log().expand_as(like)
 
 
-def attend_blocks(
-    kernel: type[Kernel],
-    blocks: Iterable[Block],
-    query: torch.Tensor,
-    keys: DenseKeys,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    start: int,
-    scale: float,
-) -> None:
-    """Merges the blocks' attention into `out` [B, H, Q, D] and `lse` [B, H, Q], whose first position is `start`."""
-    for block in blocks:
-        q, o, s = (block_queries(x, block, start) for x in (query, out, lse))
-        kind = block.region.kind
-        if kind == "zeros":
-            _merge(o, s, None, _zeros_lse(block, s), False)
-            continue
-        reverse = kind == "reversed"
-        for q4, k4, v4, o4, s4 in _four_dimensional(q, *keys.get(block), o, s):
-            result = kernel.forward(*_flip(reverse, q4, k4, v4), kind != "full", scale)
-            _merge(o4, s4, *_flip(reverse, *result), block.fresh)
+@dataclass(frozen=True)
+class PlannedAttention:
+    """Attention by the blocks of one plan: queries at positions start, start + 1, ..., keys in the order of `locate`.
+
+    It is a way of `BlockAttention`; `kernel` is None where only `attend_blocks_eager` runs it.
+    """
+
+    kernel: type[Kernel] | None
+    blocks: Iterable[Block]
+    start: int
+    scale: float
+    locate: Locate = _in_order
+
+    def forward(self, query, key, value, out, lse) -> tuple[()]:
+        """Merges the blocks' attention into `out` [B, H, Q, D] and `lse` [B, H, Q]."""
+        keys = VisibleKeys(key, value, locate=self.locate)
+        for block in self.blocks:
+            q, o, s = (block_queries(x, block, self.start) for x in (query, out, lse))
+            kind = block.region.kind
+            if kind == "zeros":
+                merge_attentions((o, None), (s, _zeros_lse(block, s)))
+                continue
+            reverse = kind == "reversed"
+            for q4, k4, v4, o4, s4 in _four_dimensional(q, *keys.get(block), o, s):
+                result = self.kernel.forward(*_flip(reverse, q4, k4, v4), kind != "full", self.scale)
+                block_out, block_lse = _flip(reverse, *result)
+                if block.fresh:
+                    o4.copy_(block_out)
+                    s4.copy_(block_lse)
+                else:
+                    merge_attentions((o4, block_out), (s4, block_lse))
+        return ()
+
+    def backward(self, grad, query, key, value, out, lse, grads) -> None:
+        """Adds the blocks' gradients to `grads`, those of query, key and value; out and lse are the final ones."""
+        keys = VisibleKeys(key, value, *grads[1:], self.locate)
+        for block in self.blocks:
+            kind = block.region.kind
+            if kind == "zeros":
+                continue
+            reverse = kind == "reversed"
+            key_grads = keys.open_grad(block)
+            views = [block_queries(x, block, self.start) for x in (grad, query, out, lse, grads[0])]
+            for g, q, o, s, dq, k, v, dk, dv in _four_dimensional(*views, *keys.get(block), *key_grads):
+                g, q, o, s, k, v = _flip(reverse, g, q, o, s, k, v)
+                result = _flip(reverse, *self.kernel.backward(g, q, k, v, o, s, kind != "full", self.scale))
+                for total, share in zip((dq, dk, dv), result):
+                    total.add_(share)
+            keys.close_grad(block, *key_grads)
 
 
-def attend_blocks_backward(
-    kernel: type[Kernel],
-    blocks: Iterable[Block],
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    query_grad: torch.Tensor,
-    keys: DenseKeys,
-    start: int,
-    scale: float,
-) -> None:
-    """Adds the gradients of the blocks to `query_grad` and to those of `keys`; out and lse are the final ones."""
-    for block in blocks:
-        kind = block.region.kind
-        if kind == "zeros":
-            continue
-        reverse = kind == "reversed"
-        key_grads = keys.open_grad(block)
-        views = [block_queries(x, block, start) for x in (grad, query, out, lse, query_grad)]
-        for g, q, o, s, dq, k, v, dk, dv in _four_dimensional(*views, *keys.get(block), *key_grads):
-            g, q, o, s, k, v = _flip(reverse, g, q, o, s, k, v)
-            grads = _flip(reverse, *kernel.backward(g, q, k, v, o, s, kind != "full", scale))
-            dq.add_(grads[0])
-            dk.add_(grads[1])
-            dv.add_(grads[2])
-        keys.close_grad(block, *key_grads)
+def connected_zeros(x: torch.Tensor) -> torch.Tensor:
+    """Zeros shaped like x that stay part of its graph, even if no pattern selects any of these queries."""
+    return x.masked_fill(x.new_ones((), dtype=torch.bool), 0)
+
+
+def with_lse_gradient(grad, grad_lse, query, key, value, out) -> tuple[torch.Tensor, ...]:
+    """Gradient, query, key, value and out for a backward that knows of no gradient of the log-sum-exp, [B, H, Q].
+
+    dS = P * (dP - rowsum(dO * O) + dlse): with one more column, the row sum inside the kernels holds dlse too.
+    """
+    pad = torch.nn.functional.pad
+    grad = torch.zeros_like(out) if grad is None else grad
+    if grad_lse is None:
+        return grad, query, key, value, out
+    grad = torch.cat([grad, -grad_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
+    return grad, *(pad(x, (0, 1)) for x in (query, key, value)), pad(out, (0, 1), value=1.0)
+
+
+class BlockAttention(torch.autograd.Function):
+    """The autograd shell of all that attends block by block: forward into one accumulator, backward by replay.
+
+    `way.forward(query, key, value, out, lse, *constants)` merges into out [B, H, Q, D] and lse [B, H, Q], and returns
+    what its backward wants to have beside them; `way.backward(grad, query, key, value, out, lse, grads, *constants,
+    *kept)` is given the final ones, and adds to grads, those of query, key and value, in the dtype of lse.
+    """
+
+    @staticmethod
+    def forward(ctx, way, query, key, value, *constants):
+        lse_dtype = torch.promote_types(query.dtype, torch.float32)
+        out = torch.zeros_like(query, dtype=lse_dtype)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
+        kept = way.forward(query, key, value, out, lse, *constants)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse, *constants, *kept)
+        ctx.way = way
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_lse):
+        query, key, value, out, lse, *kept = ctx.saved_tensors
+        width, dtype = query.shape[-1], query.dtype
+        grad, query, key, value, out = with_lse_gradient(grad, grad_lse, query, key, value, out)
+        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
+        ctx.way.backward(grad, query, key, value, out, lse, grads, *kept)
+        return None, *(g[..., :width].to(dtype) for g in grads), *(None for _ in ctx.needs_input_grad[4:])
 
 
 def block_positions(rows: Rows, block: Block, device: torch.device) -> torch.Tensor:
@@ -148,18 +244,14 @@ def block_positions(rows: Rows, block: Block, device: torch.device) -> torch.Ten
     return (repeats[:, None] + rows.start + rows.step * torch.arange(rows.count, device=device)).flatten()
 
 
-def _dense_index(block: Block, device: torch.device) -> torch.Tensor:
-    return block_positions(block.region.keys, block, device)
-
-
-def _eager_scores(block: Block, query, key, start: int, scale: float, key_index):
+def _eager_scores(plan: PlannedAttention, block: Block, query: torch.Tensor, keys: VisibleKeys):
     """The block's logits [B, h, repeats, rows, keys] and the indices of its queries and keys."""
-    q_index = block_positions(block.region.queries.shift(-start), block, query.device)
-    k_index = key_index(block, query.device)
+    q_index = block_positions(block.region.queries.shift(-plan.start), block, query.device)
+    k_index = keys.index(block)
     shape = (block.repeats, -1)
     q = query[:, block.heads].index_select(2, q_index).unflatten(2, shape)
-    k = key[:, block.kv_heads].index_select(2, k_index).unflatten(2, shape)
-    scores = q @ k.mT * scale
+    k = keys.pair[0][:, block.kv_heads].index_select(2, k_index).unflatten(2, shape)
+    scores = q @ k.mT * plan.scale
     if block.region.kind != "full":
         square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
         hidden = square.triu(1) if block.region.kind == "causal" else square.tril(-1)
@@ -167,46 +259,36 @@ def _eager_scores(block: Block, query, key, start: int, scale: float, key_index)
     return scores, q_index, k_index
 
 
-def _eager_lse(blocks, query, key, start, scale, key_index, dtype) -> torch.Tensor:
+def _eager_lse(plan: PlannedAttention, query, keys, dtype) -> torch.Tensor:
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-    for block in blocks:
-        view = block_queries(lse, block, start)
+    for block in plan.blocks:
+        view = block_queries(lse, block, plan.start)
         if block.region.kind == "zeros":
             view.copy_(torch.logaddexp(view, _zeros_lse(block, view)))
             continue
-        scores, _, _ = _eager_scores(block, query, key, start, scale, key_index)
+        scores, _, _ = _eager_scores(plan, block, query, keys)
         view.copy_(torch.logaddexp(view, scores.to(dtype).logsumexp(-1)))
     return lse
 
 
 def attend_blocks_eager(
-    blocks: tuple[Block, ...],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    start: int,
-    scale: float,
-    dropout: float,
-    key_index: Callable[[Block, torch.device], torch.Tensor] = _dense_index,
+    plan: PlannedAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of the blocks in plain PyTorch: any number of derivatives, dropout, gradient through lse.
-
-    `key_index` tells where the keys of a block lie along the third dimension of `key` and `value`.
-    """
+    """(out, lse) of a plan in plain PyTorch: any number of derivatives, dropout, gradient through lse."""
+    keys = VisibleKeys(key, value, locate=plan.locate)
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad():  # only a constant to subtract, so that no exponential overflows
-        maximum = _eager_lse(blocks, query, key, start, scale, key_index, dtype)
+        maximum = _eager_lse(plan, query, keys, dtype)
         maximum = maximum.masked_fill(maximum == -torch.inf, 0)
     total = torch.zeros_like(maximum)
-    # Zeros that stay part of the graph, even if no pattern selects any of these queries.
-    mixed = query.masked_fill(query.new_ones((), dtype=torch.bool), 0).to(dtype)
-    for block in blocks:
+    mixed = connected_zeros(query).to(dtype)
+    for block in plan.blocks:
         if block.region.kind == "zeros":
-            index = block_positions(block.region.queries.shift(-start), block, query.device)
+            index = block_positions(block.region.queries.shift(-plan.start), block, query.device)
             share = (-maximum[:, block.heads].index_select(2, index)).exp() * block.region.keys.count
             total[:, block.heads].index_add_(2, index, share)
             continue
-        scores, q_index, k_index = _eager_scores(block, query, key, start, scale, key_index)
+        scores, q_index, k_index = _eager_scores(plan, block, query, keys)
         shift = maximum[:, block.heads].index_select(2, q_index).unflatten(2, (block.repeats, -1))
         weights = (scores.to(dtype) - shift[..., None]).exp()
         total[:, block.heads].index_add_(2, q_index, weights.sum(-1).flatten(2, 3))

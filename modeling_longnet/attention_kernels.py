@@ -6,12 +6,15 @@ over more keys than the block's own; dS = P * (dP - rowsum(dO * O)) with P = exp
 the gradient of the whole softmax.
 """
 
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.functional import pad
 
 
 aten = torch.ops.aten
@@ -57,57 +60,59 @@ class CpuFlash:
         )
 
 
-def _pad_width(multiple: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Head dimensions up to a multiple that the CUDA kernels want; zeros change neither logits nor gradients."""
-    extra = -tensors[0].shape[-1] % multiple
-    return tuple(torch.nn.functional.pad(x, (0, extra)) if extra else x for x in tensors)
+def _in_whole_widths(run: Callable) -> Callable:
+    """Runs a kernel on head dimensions that are multiples of 8, as those on CUDA want them; zeros change nothing."""
+
+    @functools.wraps(run)
+    def padded(*args):
+        width = args[0].shape[-1]
+        if width % 8 == 0:
+            return run(*args)
+        args = (pad(x, (0, -width % 8)) if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in args)
+        return tuple(x[..., :width] if x.dim() == 4 else x for x in run(*args))
+
+    return padded
 
 
 class CudaFlash:
     """PyTorch's FlashAttention-2 for float16 and bfloat16 on CUDA."""
 
     @staticmethod
+    @_in_whole_widths
     def forward(query, key, value, causal, scale):
-        width = query.shape[-1]
-        query, key, value = _pad_width(8, query, key, value)
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
-        return out[..., :width], lse
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[:2]
 
     @staticmethod
+    @_in_whole_widths
     def backward(grad, query, key, value, out, lse, causal, scale):
-        width = query.shape[-1]
-        grad, query, key, value, out = _pad_width(8, grad, query, key, value, out)
         # Without dropout the random state is never read, but the operator wants tensors for it.
         state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        grads = aten._scaled_dot_product_flash_attention_backward(
+        return aten._scaled_dot_product_flash_attention_backward(
             grad, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
             state, state, scale=scale,
         )  # fmt: skip
-        return tuple(g[..., :width] for g in grads)
 
 
 class CudaEfficient:
     """PyTorch's memory-efficient kernel on CUDA, for float32; its log-sum-exp is padded to a multiple of 32 queries."""
 
     @staticmethod
+    @_in_whole_widths
     def forward(query, key, value, causal, scale):
-        width, length = query.shape[-1], query.shape[2]
-        query, key, value = _pad_width(8, query, key, value)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, causal, scale=scale
         )
-        return out[..., :width], lse[..., :length]
+        return out, lse[..., : query.shape[2]]
 
     @staticmethod
+    @_in_whole_widths
     def backward(grad, query, key, value, out, lse, causal, scale):
-        width = query.shape[-1]
-        grad, query, key, value, out = _pad_width(8, grad, query, key, value, out)
-        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
+        lse = pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
         state = torch.zeros((), dtype=torch.long, device=query.device)
         *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad, query, key, value, None, out, lse, state, state, 0.0, [True, True, True, False], causal, scale=scale
         )
-        return tuple(g[..., :width] for g in grads)
+        return tuple(grads)
 
 
 def _flash_attn():
@@ -119,24 +124,22 @@ class FlashAttention2:
     """The flash-attn package (2.7 and later); it wants [B, N, H, D]."""
 
     @staticmethod
+    @_in_whole_widths
     def forward(query, key, value, causal, scale):
-        width = query.shape[-1]
-        query, key, value = (x.transpose(1, 2) for x in _pad_width(8, query, key, value))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         settings = (0.0, scale, causal, -1, -1, 0.0, None, False)
         out, lse, *_ = _flash_attn()._flash_attn_forward(query, key, value, *settings)
-        return out.transpose(1, 2)[..., :width], lse
+        return out.transpose(1, 2), lse
 
     @staticmethod
+    @_in_whole_widths
     def backward(grad, query, key, value, out, lse, causal, scale):
-        width = query.shape[-1]
-        grad, query, key, value, out = (
-            x.transpose(1, 2).contiguous() for x in _pad_width(8, grad, query, key, value, out)
-        )
+        grad, query, key, value, out = (x.transpose(1, 2).contiguous() for x in (grad, query, key, value, out))
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
         _flash_attn()._flash_attn_backward(
             grad, query, key, value, out, lse.contiguous(), *grads, 0.0, scale, causal, -1, -1, 0.0, None, False
         )
-        return tuple(g.transpose(1, 2)[..., :width] for g in grads)
+        return tuple(g.transpose(1, 2) for g in grads)
 
 
 BACKENDS = ("eager", "sdpa", "flash_attention_2")

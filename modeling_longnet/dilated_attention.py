@@ -1,5 +1,7 @@
 """Dilated attention: the public operator, its exact and lean forward and backward, and a drop-in layer.
 
+`dilated_attention` is longer than other functions by its arguments and what they mean.
+
 Letters: B batch, H query heads, G key/value heads (H % G == 0), N tokens of the keys, Q tokens of the queries, D head
 dimension, w segment length, r dilation rate.
 """
@@ -12,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward, attend_blocks_eager
+from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
 from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
-from .dilated_attention_reference import dilated_attention_reference, document_positions
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, as_integer
+from .document_ids import document_positions
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
@@ -66,8 +68,8 @@ def _empty_out(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, query.new_empty(batch, num_heads, length, dtype=lse_dtype)
 
 
-def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads, pattern, flags, scale, backend):
-    schedule = _unpack(pattern, flags)
+def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads, schedule, scale, backend):
+    schedule = DilationSchedule.from_text(schedule)
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
     out, lse = _empty_out(query)
@@ -77,41 +79,28 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
     lse.fill_(-torch.inf)
     kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
-        keys = DenseKeys(key[rows, :, k], value[rows, :, k])
-        attend_blocks(kernel, blocks, query[rows, :, q], keys, mixed[rows, :, q], lse[rows, :, q], start, scale)
+        tensors = query[rows, :, q], key[rows, :, k], value[rows, :, k], mixed[rows, :, q], lse[rows, :, q]
+        PlannedAttention(kernel, blocks, start, scale).forward(*tensors)
     if mixed is not out:
         out.copy_(mixed)
     return out, lse
 
 
 def _backward(
-    grad, query, key, value, out, lse, document_ids, offset_tensor, query_offset, heads, pattern, flags, scale, backend
+    grad, query, key, value, out, lse, document_ids, offset_tensor, query_offset, heads, schedule, scale, backend
 ):
-    schedule = _unpack(pattern, flags)
+    schedule = DilationSchedule.from_text(schedule)
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
     kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
-        keys = DenseKeys(key[rows, :, k], value[rows, :, k], grads[1][rows, :, k], grads[2][rows, :, k])
-        saved = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
-        attend_blocks_backward(kernel, blocks, *saved, keys, start, scale)
+        own_grad, own_query, own_out, own_lse, query_grad = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
+        own_key, own_value, *key_grads = (x[rows, :, k] for x in (key, value, *grads[1:]))
+        PlannedAttention(kernel, blocks, start, scale).backward(
+            own_grad, own_query, own_key, own_value, own_out, own_lse, (query_grad, *key_grads)
+        )
     return tuple(g.to(query.dtype) for g in grads)
-
-
-def _pack(schedule: DilationSchedule) -> tuple[list[int], str]:
-    """A schedule as a list of integers and a string: all that a registered operator can take."""
-    flags = f"{schedule.head_offsets},{schedule.overlap},{schedule.padding},{schedule.local}"
-    numbers = [int(schedule.is_causal), schedule.num_sink_tokens]
-    return numbers + [*schedule.segment_lengths, *schedule.dilation_rates], flags
-
-
-def _unpack(pattern: list[int], flags: str) -> DilationSchedule:
-    (is_causal, sinks, *rest), (head_offsets, overlap, padding, local) = pattern, flags.split(",")
-    half = len(rest) // 2
-    return DilationSchedule(
-        tuple(rest[:half]), tuple(rest[half:]), bool(is_causal), head_offsets, overlap, sinks, padding, local
-    )
 
 
 def _heads(heads: list[int]) -> tuple[int, int | None]:
@@ -122,8 +111,8 @@ def _heads(heads: list[int]) -> tuple[int, int | None]:
 # the Hub lives in a second module beside an installed package, and each registers its operators once.
 _NAMESPACE = "longnet_" + re.sub(r"\W", "_", __name__)
 _SETTINGS = (
-    "Tensor? document_ids, Tensor? offset_tensor, SymInt query_offset, int[] heads, int[] pattern, str flags, "
-    "float scale, str backend"
+    "Tensor? document_ids, Tensor? offset_tensor, SymInt query_offset, int[] heads, str schedule, float scale, "
+    "str backend"
 )
 _forward_op = torch.library.custom_op(
     f"{_NAMESPACE}::forward",
@@ -158,14 +147,8 @@ def _save_for_backward(ctx, inputs, output):
 
 def _differentiate(ctx, grad, grad_lse):
     query, key, value, out, lse, document_ids, offset_tensor = ctx.saved_tensors
-    width, pad = query.shape[-1], torch.nn.functional.pad
-    if grad is None:
-        grad = torch.zeros_like(out)
-    if grad_lse is not None:
-        # dS = P * (dP - rowsum(dO * O) + dlse): with one more column, the row sum inside the kernels holds dlse too.
-        query, key, value = (pad(x, (0, 1)) for x in (query, key, value))
-        out = pad(out, (0, 1), value=1.0)
-        grad = torch.cat([grad, -grad_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
+    width = query.shape[-1]
+    grad, query, key, value, out = with_lse_gradient(grad, grad_lse, query, key, value, out)
     grads = _backward_op(grad, query, key, value, out, lse, document_ids, offset_tensor, *ctx.settings)
     return *(g[..., :width] for g in grads), None, None, *(None for _ in ctx.settings)
 
@@ -175,12 +158,11 @@ _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale, dropout):
     """The same blocks in plain differentiable operations."""
-    out = query.masked_fill(query.new_ones((), dtype=torch.bool), 0)  # zeros that stay part of the graph
+    out = connected_zeros(query)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *heads):
-        piece = attend_blocks_eager(
-            blocks, query[rows, :, q], key[rows, :, k], value[rows, :, k], start, scale, dropout
-        )
+        plan = PlannedAttention(None, blocks, start, scale)
+        piece = attend_blocks_eager(plan, query[rows, :, q], key[rows, :, k], value[rows, :, k], dropout)
         if len(query) == rows.stop - rows.start and query.shape[2] == q.stop - q.start:
             return piece
         out[rows, :, q], lse[rows, :, q] = piece
@@ -250,6 +232,63 @@ def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_
         )
 
 
+def scheduled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    schedule: DilationSchedule,
+    *,
+    scale: float | None = None,
+    inv_freq: torch.Tensor | None = None,
+    basis: MemoryBasis | None = None,
+    dropout: float = 0.0,
+    head_index_offset: int = 0,
+    total_num_heads: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    query_offset: int | torch.Tensor | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+    elsewhere: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """[`dilated_attention`] by a schedule that was made and checked before: what models call."""
+    query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
+    _check_types(
+        query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
+    )  # fmt: skip
+    query, key, value = as_autocast(query, key, value)
+    if query_offset is None:
+        query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
+    _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
+    backend = choose_backend(backend, query, dropout)
+    if backend != "eager":
+        refuse_tangents(backend, query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # the kernels hide by -inf before they scale
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
+    if schedule.memory is not None:
+        if elsewhere is not None:
+            raise ValueError("`memory` does not read keys that lie on other ranks: no sequence parallelism yet.")
+        out, lse = attend_documents(
+            query, key, value, schedule, find_runs(document_ids, *key.shape[:3:2]), int(query_offset), scale=scale,
+            backend=backend, head_index_offset=head_index_offset, total_num_heads=total_num_heads, inv_freq=inv_freq,
+            basis=basis, dropout=dropout,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    if elsewhere is not None:
+        settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
+        return elsewhere(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
+    if backend == "eager":
+        heads = (head_index_offset, total_num_heads)
+        out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
+    else:
+        offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
+        out, lse = _forward_op(
+            query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset,
+            [head_index_offset, total_num_heads or 0], schedule.to_text(), scale, backend,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
 def dilated_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -317,44 +356,11 @@ def dilated_attention(
         tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
         is_causal, head_offsets, overlap, num_sink_tokens, padding, local, memory,
     )  # fmt: skip
-    query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
-    _check_types(
-        query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
+    return scheduled_attention(
+        query, key, value, schedule, scale=scale, inv_freq=inv_freq, basis=basis, dropout=dropout,
+        head_index_offset=head_index_offset, total_num_heads=total_num_heads, document_ids=document_ids,
+        query_offset=query_offset, backend=backend, return_lse=return_lse, elsewhere=elsewhere,
     )  # fmt: skip
-    query, key, value = as_autocast(query, key, value)
-    if query_offset is None:
-        query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
-    _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
-    backend = choose_backend(backend, query, dropout)
-    if backend != "eager":
-        refuse_tangents(backend, query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # the kernels hide by -inf before they scale
-        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
-    if memory is not None:
-        if elsewhere is not None:
-            raise ValueError("`memory` does not read keys that lie on other ranks: no sequence parallelism yet.")
-        out, lse = attend_documents(
-            query, key, value, schedule, find_runs(document_ids, *key.shape[:3:2]), int(query_offset), scale=scale,
-            backend=backend, head_index_offset=head_index_offset, total_num_heads=total_num_heads, inv_freq=inv_freq,
-            basis=basis, dropout=dropout,
-        )  # fmt: skip
-        return (out, lse) if return_lse else out
-    if elsewhere is not None:
-        settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
-        return elsewhere(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
-    if backend == "eager":
-        heads = (head_index_offset, total_num_heads)
-        out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
-    else:
-        offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
-        numbers, flags = _pack(schedule)
-        heads = [head_index_offset, total_num_heads or 0]
-        out, lse = _forward_op(
-            query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset, heads,
-            numbers, flags, scale, backend,
-        )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
 class DilatedAttention(nn.Module):
@@ -399,7 +405,7 @@ class DilatedAttention(nn.Module):
             raise ValueError(f"`num_heads` must be a multiple of `num_key_value_heads`, got {given}.")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
-        self.schedule = DilationSchedule(tuple(segment_lengths), tuple(dilation_rates), is_causal, **options)
+        self.schedule = DilationSchedule(segment_lengths, dilation_rates, is_causal, **options)
         self.head_dim, self.dropout, self.backend = hidden_size // num_heads, dropout, backend
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
@@ -414,11 +420,11 @@ class DilatedAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = dilated_attention(
-            self.q_norm(query), self.k_norm(key), value, document_ids=document_ids, backend=self.backend,
-            dropout=self.dropout if self.training else 0.0, **self.schedule.as_arguments(),
+        out = scheduled_attention(
+            self.q_norm(query), self.k_norm(key), value, self.schedule, document_ids=document_ids,
+            backend=self.backend, dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-__all__ = ["DilatedAttention", "dilated_attention", "dilated_attention_reference"]
+__all__ = ["DilatedAttention", "dilated_attention"]

@@ -1,27 +1,43 @@
-"""The definition, naively: a count matrix, one softmax. Every fast path is tested against this file.
+"""The definition, naively: a matrix of counts, one softmax. Every fast path is tested against this file, which knows
+nothing of them: it imports torch alone.
 
-Letters: B batch, H query heads, G key/value heads, N tokens (of the keys), Q tokens of the queries, D head dimension.
+Letters: B batch, H query heads, G key/value heads, N tokens (of the keys), Q tokens of the queries, D head dimension,
+w segment length, r dilation rate, s offset of a head.
 """
 
 import torch
 
-from .dilation_schedule import DilationSchedule
+
+CHOICES = {
+    "head_offsets": ("modulo", "contiguous"), "overlap": ("count", "once"), "padding": ("mask", "zeros"),
+    "local": ("segment", "sliding"),
+}  # fmt: skip
 
 
-def document_positions(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position of each token in its document, and the index at which that document starts, both [B, N].
+class _Schedule:
+    def __init__(self, **settings):
+        self.__dict__ = settings
+        wrong = [name for name, known in CHOICES.items() if settings[name] not in known]
+        if wrong or len(self.segment_lengths) != len(self.dilation_rates):
+            raise ValueError(f"this is no schedule ({', '.join(wrong) or 'lengths and rates differ'}): {settings}.")
 
-    A document is a run of equal ids in a row; a negative id is padding.
+
+def _read_documents(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The position of each token in its document, [B, N], and who is in one document with whom, [B, N, N].
+
+    A document is a run of equal ids in a row; a negative id is padding, which sees nothing.
     """
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    start = torch.where(begins, index, 0).cummax(1).values
-    return index - start, start
+    starts = [[] for _ in document_ids]
+    for row, found in zip(document_ids.tolist(), starts):
+        for i, document in enumerate(row):
+            found.append(found[-1] if i and document == row[i - 1] else i)
+    start = torch.tensor(starts, dtype=torch.long, device=document_ids.device)
+    position = torch.arange(document_ids.shape[1], device=start.device) - start
+    return position, (start[:, :, None] == start[:, None, :]) & (document_ids >= 0)[:, :, None]
 
 
 def attention_counts(
-    schedule: DilationSchedule,
+    schedule,
     num_heads: int,
     document_ids: torch.Tensor,
     query_offset: int | torch.Tensor,
@@ -34,40 +50,34 @@ def attention_counts(
     """How many patterns offer each key to each query, [B, H, Q, N], and how many zero keys do, [B, H, Q].
 
     In place of documents, `pair_mask` [B, Q, N] may say who may look at whom, and `position` [B, N] where each token
-    stands: then the texts that share a prefix, or branch like a tree, need not lie in a row.
+    stands: then the texts that share a prefix, or branch like a tree, need not lie in a row. `schedule` has the fields
+    of a [`DilationSchedule`].
     """
-    device = document_ids.device
-    rows = query_offset + torch.arange(query_length, device=device)
+    rows = query_offset + torch.arange(query_length, device=(document_ids if position is None else position).device)
     if pair_mask is None:
-        position, start = document_positions(document_ids)
-        visible = (start[:, rows, None] == start[:, None, :]) & (document_ids >= 0)[:, rows, None]  # [B, Q, N]
-    else:
-        visible = pair_mask
-    q_pos, k_pos = position[:, rows, None], position[:, None, :]
-    length = visible.sum(-1)  # of the query's document, [B, Q]
+        position, together = _read_documents(document_ids)
+        pair_mask = together[:, rows]
+    q, k = position[:, rows, None], position[:, None, :]
+    visible, length = pair_mask, pair_mask.sum(-1)  # `length` is that of the query's document, [B, Q]
     if schedule.is_causal:
-        visible = visible & (k_pos <= q_pos)
-    counts = torch.zeros(len(document_ids), num_heads, query_length, document_ids.shape[1], device=device)
-    zeros = torch.zeros(len(document_ids), num_heads, query_length, device=device)
-    heads = range(head_index_offset, head_index_offset + num_heads)
-    for i, (w, r) in enumerate(schedule.patterns):
-        offsets = [schedule.offset(r, j, total_num_heads or num_heads) for j in heads]
-        offset = torch.tensor(offsets, device=device)[:, None, None]
-        selects = (position % w % r)[:, None, None] == offset  # [B, H, 1, N]
-        selected_query = selects[:, :, 0, rows, None]  # [B, H, Q, 1]
-        same_segment = (q_pos // w == k_pos // w)[:, None]
-        pattern = visible[:, None] & same_segment & selects & selected_query
-        if i == 0 and schedule.window:
-            near = (k_pos > q_pos - schedule.window) | (q_pos < schedule.dense_start)
-            pattern = (visible & near)[:, None].expand_as(pattern)
-        counts += pattern
-        if schedule.padding == "zeros":
-            rows_of_segment = -(-length.clamp(max=w) // r)[:, None]
-            zeros += (rows_of_segment - pattern.sum(-1)) * selected_query[..., 0]
-    if schedule.overlap == "once":
-        counts = counts.clamp(max=1)
-    sinks = visible & (k_pos < schedule.num_sink_tokens)
-    return torch.where(sinks[:, None], 1.0, counts), zeros
+        visible = visible & (k <= q)
+    counts, zeros = [], []
+    for j in range(head_index_offset, head_index_offset + num_heads):
+        count, zero = torch.zeros(visible.shape, device=q.device), torch.zeros(length.shape, device=q.device)
+        for i, (w, r) in enumerate(zip(schedule.segment_lengths, schedule.dilation_rates)):
+            s = j % r if schedule.head_offsets == "modulo" else j // -(-(total_num_heads or num_heads) // r)
+            selects_query = q % w % r == s
+            offers = visible & (q // w == k // w) & selects_query & (k % w % r == s)
+            if schedule.padding == "zeros":
+                zero += (-(-length.clamp(max=w) // r) - offers.sum(-1)) * selects_query[..., 0]
+            if i == 0 and schedule.local == "sliding":
+                offers = visible & ((q - k < max(1, w // 2)) | (q < w))
+            count += offers
+        if schedule.overlap == "once":
+            count = count.clamp(max=1)
+        counts.append(torch.where(visible & (k < schedule.num_sink_tokens), 1.0, count))
+        zeros.append(zero)
+    return torch.stack(counts, dim=1), torch.stack(zeros, dim=1)
 
 
 def dilated_attention_reference(
@@ -100,12 +110,13 @@ def dilated_attention_reference(
     out [B, H, Q, D], then the log-sum-exp [B, H, Q] if `return_lse`, then the attention weights [B, H, Q, N] if
     `return_weights`.
     """
-    schedule = DilationSchedule(
-        tuple(segment_lengths), tuple(dilation_rates), is_causal, head_offsets, overlap, num_sink_tokens, padding, local
-    )
+    schedule = _Schedule(
+        segment_lengths=segment_lengths, dilation_rates=dilation_rates, is_causal=is_causal, head_offsets=head_offsets,
+        overlap=overlap, num_sink_tokens=num_sink_tokens, padding=padding, local=local,
+    )  # fmt: skip
     (batch, num_heads, query_length, width), length = query.shape, key.shape[2]
     if document_ids is None:
-        document_ids = query.new_zeros(batch, length, dtype=torch.long)
+        document_ids = torch.zeros(batch, length, dtype=torch.long, device=query.device)
     offset = length - query_length if query_offset is None else query_offset
     counts, zeros = attention_counts(
         schedule, num_heads, document_ids, offset, query_length, head_index_offset, total_num_heads, pair_mask, position

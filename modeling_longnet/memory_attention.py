@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward
+from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, merge_attentions
 from .attention_kernels import get_kernel
-from .dilation_plan import SINKS, Block, plan_blocks
+from .dilation_plan import SINKS, plan_blocks
 from .dilation_schedule import DilationSchedule
 from .memory_pieces import PAIRS, PieceAttention, Stretch, make_pieces
 from .memory_positions import rotate
@@ -42,13 +42,16 @@ class MemoryCall:
     def inv_freq(self) -> torch.Tensor | None:
         return self.ranking.inv_freq
 
-    def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
+    def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
         """The schedule's part; sinks are read apart where their distance is clamped."""
+        length = query.shape[2]
         blocks = plan_blocks(
-            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + query_length, length,
+            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + length, key.shape[2],
             self.head_index_offset, self.total_num_heads,
         )  # fmt: skip
-        return tuple(x for x in blocks if x.pattern != SINKS) if self.clamps(query_length) else blocks
+        if self.clamps(length):
+            blocks = tuple(x for x in blocks if x.pattern != SINKS)
+        return PlannedAttention(get_kernel(self.backend, query), blocks, self.start, self.scale)
 
     def clamps(self, query_length: int) -> bool:
         """Whether any of the queries lies beyond the clamped distance."""
@@ -125,10 +128,7 @@ def _in_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tensor
 def _attend_sinks(call, query, key, value, out, lse) -> None:
     """Merges the sink tokens, of which those of queries beyond the clamped distance are read at that distance."""
     scores, _, value = _sink_scores(call, query, key, value)
-    own = scores.logsumexp(-1)
-    joint = torch.logaddexp(lse, own)
-    out.mul_((lse - joint).exp_()[..., None]).add_((scores - joint[..., None]).exp_() @ value)
-    lse.copy_(joint)
+    merge_attentions((out, lambda joint: (scores - joint[..., None]).exp_() @ value), (lse, scores.logsumexp(-1)))
 
 
 def _sink_query(call: MemoryCall, query: torch.Tensor) -> torch.Tensor:
@@ -161,43 +161,29 @@ def _sink_gradients(call, grad, query, key, value, out, lse, grads) -> None:
     grads[2][:, :, :sinks] += (weights.mT @ grad).unflatten(1, groups).sum(2)
 
 
-class _AttendMemory(torch.autograd.Function):
-    """Forward by blocks and pieces, backward by replaying them."""
+def _merge_part(part: RowAttention | PieceAttention, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Merges what one key/value head's queries read into their rows of the accumulator, [h, T, D] and [h, T]."""
+    merge_attentions((out, lambda joint: part.out(joint.flatten()).view_as(out)), (lse, part.lse().view_as(lse)))
 
-    @staticmethod
-    def forward(ctx, query, key, value, reads, call):
-        lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        out = torch.zeros_like(query, dtype=lse_dtype)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
-        kernel, keys = get_kernel(call.backend, query), DenseKeys(key, value)
-        attend_blocks(kernel, call.blocks(*_lengths(query, key)), query, keys, out, lse, call.start, call.scale)
+
+@dataclass(frozen=True)
+class _WithMemory:
+    """The way of `BlockAttention` through a schedule's blocks and the pieces that were chosen."""
+
+    call: MemoryCall
+
+    def forward(self, query, key, value, out, lse, reads):
+        call = self.call
+        call.shown(query, key).forward(query, key, value, out, lse)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _attend_sinks(call, query, key, value, out, lse)
         for _, _, at, part in _stretches(call, reads, query, key, value):
-            joint = torch.logaddexp(lse[at].flatten(), part.lse())
-            out[at] *= (lse[at] - joint.view_as(lse[at])).exp_()[..., None]
-            out[at] += part.out(joint).view_as(out[at])
-            lse[at] = joint.view_as(lse[at])
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse, reads)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return out, lse
+            _merge_part(part, out[at], lse[at])
+        return ()
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, grad_lse):
-        query, key, value, out, lse, reads = ctx.saved_tensors
-        call, width = ctx.call, query.shape[-1]
-        grad = torch.zeros_like(out) if grad is None else grad
-        if grad_lse is not None:  # one more column, as in dilated_attention.py
-            query, key, value = (torch.nn.functional.pad(x, (0, 1)) for x in (query, key, value))
-            out = torch.nn.functional.pad(out, (0, 1), value=1.0)
-            grad = torch.cat([grad, -grad_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
-        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
-        kernel, keys = get_kernel(call.backend, query), DenseKeys(key, value, *grads[1:])
-        blocks = call.blocks(*_lengths(query, key))
-        attend_blocks_backward(kernel, blocks, grad, query, out, lse, grads[0], keys, call.start, call.scale)
+    def backward(self, grad, query, key, value, out, lse, grads, reads):
+        call = self.call
+        call.shown(query, key).backward(grad, query, key, value, out, lse, grads)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
@@ -205,11 +191,6 @@ class _AttendMemory(torch.autograd.Function):
             block_grads = (_in_blocks(x, row, group, size) for x in grads[1:])
             rows = [x[at].flatten(0, 1) for x in (grad, out, lse)]
             grads[0][at] += part.gradients(*rows, *block_grads).view_as(grads[0][at])
-        return *(g[..., :width].to(query.dtype) for g in grads), None, None
-
-
-def _lengths(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
-    return query.shape[2], key.shape[2]
 
 
 @torch.no_grad()
@@ -249,7 +230,7 @@ def attend_memory(
             query, key, value, call.schedule, call.start, scale=call.scale, inv_freq=call.inv_freq, chosen=chosen,
             head_index_offset=call.head_index_offset, total_num_heads=call.total_num_heads, dropout=dropout,
         )[:2]  # fmt: skip
-    return _AttendMemory.apply(query, key, value, call.reads(chosen), call)
+    return BlockAttention.apply(_WithMemory(call), query, key, value, call.reads(chosen))
 
 
 def attend_documents(
@@ -293,7 +274,7 @@ def attend_documents(
         if part[0].shape == query.shape:
             return part
         parts.append((rows, q, *part))
-    out = query.masked_fill(query.new_ones((), dtype=torch.bool), 0)  # zeros that stay part of the graph
+    out = connected_zeros(query)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     for rows, q, own_out, own_lse in parts:
         out[rows, :, q], lse[rows, :, q] = own_out, own_lse

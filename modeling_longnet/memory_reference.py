@@ -5,7 +5,7 @@ Letters: B batch, H query heads, G key/value heads, Q query tokens, N key tokens
 
 import torch
 
-from .dilated_attention_reference import attention_counts
+from .attention_pairs import attention_counts
 from .dilation_schedule import DilationSchedule
 from .memory_positions import rotate
 

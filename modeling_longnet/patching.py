@@ -4,8 +4,12 @@
     patch_model(model, segment_lengths=[256, 512, 1024, 2048], dilation_rates=[1, 2, 4, 8])
     print(model.dilated_attention_report)
 
-The attention is exchanged through Transformers' own `AttentionInterface` and `AttentionMaskInterface`: no class is
-changed, and no mask of pairs is built. What a patch is stands as plain JSON in `model.config.dilated_attention`.
+The attention is exchanged through Transformers' own `AttentionInterface` and `AttentionMaskInterface`: no class of a
+model is changed, and no mask of pairs is built. What a patch is stands as plain JSON in
+`model.config.dilated_attention`. Where PEFT is installed its class of models is changed, and no other one, as long as a
+model lives that was patched: it then saves these settings beside an adapter (see adapter_files.py).
+
+`patch_model` is longer than other functions by its arguments and what they mean.
 
 Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, w segment length, r dilation rate.
 """
@@ -21,16 +25,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .adapter_files import SETTINGS_NAME, record_in_adapters, resize_for_adapter, write_settings
+from .adapter_files import SETTINGS_NAME, AdapterRecord, resize_for_adapter, write_settings
 from .attention_kernels import BACKENDS
-from .dilated_cache import prepare_dilated_cache
+from .dilated_cache_generation import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule, as_plain
 from .memory_files import BASIS_NAME, read_bases, set_bases, write_bases
 from .memory_patch import attach_memories, find_layer_memories, resolve_memory
 from .model_card import TAGS, upload_with_card
 from .patch_probe import choose_layers, find_layers, probe_attention, text_part, why_unbounded
 from .patch_report import PatchReport, make_report
-from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK
+from .patched_attention import SCALED_MARK
+from .patched_mask import IMPLEMENTATIONS, ORIGINALS
 from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
 from .transformers_compat import (
     GENERATION_ATTRIBUTES,
@@ -56,7 +61,7 @@ SETTINGS = (
 # Arguments that say where files are.
 HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 INSTANCE_ATTRIBUTES = (
-    "_undo_dilated_attention", "_patched_within", "save_pretrained", "set_attn_implementation",
+    "_undo_dilated_attention", "_adapter_record", "_patched_within", "save_pretrained", "set_attn_implementation",
     "dilated_attention_report", SUPPORTS_FLASH_ATTENTION, UPLOAD, *GENERATION_ATTRIBUTES,
 )  # fmt: skip
 DEQUANTIZE_ADVICE = (
@@ -191,19 +196,9 @@ def patch_model(
         found = {} if memory is None else find_layer_memories(part, probe.calls, chosen)
         schedule = replace(schedule, memory=resolve_memory(memory, part.config, chosen, found, rope_scaling))
         undo += attach_memories(probe.calls, schedule.memory, found)
-        part.config.dilated_attention = {
-            "segment_lengths": list(schedule.segment_lengths),
-            "dilation_rates": list(schedule.dilation_rates),
-            "head_offsets": head_offsets,
-            "overlap": overlap,
-            "num_sink_tokens": schedule.num_sink_tokens,
-            "local": local,
-            "layers": chosen,
-            "backend": backend,
-            "rope_scaling": rope_scaling,
-        }
-        if schedule.memory is not None:
-            part.config.dilated_attention["memory"] = schedule.memory.to_dict()
+        settings = {"layers": chosen, "backend": backend, "rope_scaling": rope_scaling}
+        told = {name: value for name, value in schedule.as_arguments().items() if name in (*SETTINGS, "memory")}
+        part.config.dilated_attention = told | settings
         unbounded = why_unbounded(base)
         done = make_report(base, part.config, schedule, probe.calls, chosen, reasons, rope_scaling, unbounded)
         for piece in dict.fromkeys((base, part)):
@@ -212,7 +207,7 @@ def patch_model(
         if part is not base:
             part._patched_within = type(base).__name__
         base.add_model_tags(list(TAGS))
-        record_in_adapters()
+        part._adapter_record = AdapterRecord()
     except BaseException:
         _take_back(base, original)
         if settings_before is not None:
@@ -256,6 +251,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             f"{type(base).__name__} was patched by code that came with it from the Hub: load it without "
             "`trust_remote_code` to have the original."
         )
+    part = text_part(base)
+    part._adapter_record.keep_with(part)  # what it saves over an adapter of the patched model takes the settings away
     _take_back(base, original)
     return model
 

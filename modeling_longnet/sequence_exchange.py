@@ -15,14 +15,14 @@ rows go back by the reverse all-to-all while the blocks over own keys are differ
 Letters: B batch, H query heads, G key/value heads, n tokens of a rank, D head dimension, M received rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
 
-from .attention_blocks import DenseKeys, attend_blocks, attend_blocks_backward
+from .attention_blocks import BlockAttention, PlannedAttention
 from .attention_kernels import Kernel
 from .dilation_plan import Block, Region, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule
@@ -60,7 +60,7 @@ class DocumentPart:
     """One document as a rank sees it: batch rows, its tokens within the slice, the position of the first of them.
 
     Keys of `local` blocks are indices of `tokens`; each `remote` block has the index of its keys among the received
-    rows, [rows * heads * keys].
+    rows, [rows, heads, keys].
     """
 
     rows: slice
@@ -133,11 +133,11 @@ def _parts(
 
 
 def _row_codes(layout: SequenceLayout, heads: Heads, rows: slice, kv_heads: slice, positions: Rows) -> torch.Tensor:
-    """(row of the batch * G + head) * tokens + global position of keys, as [rows * heads * keys]."""
+    """(row of the batch * G + head) * tokens + global position of keys, [rows, heads, keys]."""
     batch = torch.arange(rows.start, rows.stop)[:, None, None] * heads.num_kv_heads
     head = torch.tensor(range(heads.num_kv_heads)[kv_heads])[None, :, None]
     position = positions.start + positions.step * torch.arange(positions.count)
-    return ((batch + head) * (layout.size * layout.slice_length) + position).flatten()
+    return (batch + head) * (layout.size * layout.slice_length) + position
 
 
 def _wanted(layout, rank, schedule, heads, low: int, high: int) -> torch.Tensor:
@@ -148,7 +148,7 @@ def _wanted(layout, rank, schedule, heads, low: int, high: int) -> torch.Tensor:
             keys = block.region.keys.shift(start)
             keys = _cut(keys, _rows_before(keys, low), _rows_before(keys, high))
             if not is_local and keys.count > 0:
-                codes.append(_row_codes(layout, heads, rows, block.kv_heads, keys))
+                codes.append(_row_codes(layout, heads, rows, block.kv_heads, keys).flatten())
     return torch.cat(codes).unique()
 
 
@@ -156,28 +156,37 @@ class Exchange:
     """What one rank sends, receives and computes, for one layout, schedule and number of heads; built without talking.
 
     Received and sent rows are ordered by rank, then by row of the batch, head and position. `send_index` are the
-    indices of the rows to send along B, G and n.
+    indices of the rows to send along B, G and n; this and the other indices are on `device`.
     """
 
-    def __init__(self, layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads):
-        ranks = range(layout.size)
-        needs = (layout, rank, schedule, heads)
-        received = [_wanted(*needs, *layout.own(owner)) for owner in ranks]
+    def __init__(self, layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads, device):
+        self._plan, ranks = (layout, schedule, heads), range(layout.size)
+        received = [_wanted(layout, rank, schedule, heads, *layout.own(owner)) for owner in ranks]
+        sent = [_wanted(layout, other, schedule, heads, *layout.own(rank)) for other in ranks]
+        self.receive_counts, self.send_counts = [len(c) for c in received], [len(c) for c in sent]
+        self.rows_received, self.rows_sent = sum(self.receive_counts), sum(self.send_counts)
+        codes, total = torch.cat(sent), layout.size * layout.slice_length
+        head, token = codes // total, codes % total - layout.own(rank)[0]
+        send_index = head // heads.num_kv_heads, head % heads.num_kv_heads, token
+        self.send_index = tuple(index.to(device) for index in send_index)
         codes = torch.cat(received)
         order = codes.argsort()
-        self.parts = tuple(self._document_part(layout, rank, heads, part, codes, order) for part in _parts(*needs))
-        sent = [_wanted(layout, other, schedule, heads, *layout.own(rank)) for other in ranks]
-        self.receive_counts = [len(c) for c in received]
-        self.send_counts = [len(c) for c in sent]
-        total = layout.size * layout.slice_length
-        codes = torch.cat(sent)
-        head, token = codes // total, codes % total - layout.own(rank)[0]
-        self.send_index = head // heads.num_kv_heads, head % heads.num_kv_heads, token
-        self._devices: dict[torch.device, Exchange] = {}
-        self._layout, self._schedule, self._heads = layout, schedule, heads
+
+        def find(wanted: torch.Tensor) -> torch.Tensor:
+            return order[torch.searchsorted(codes, wanted, sorter=order)].to(device)
+
+        parts = _parts(layout, rank, schedule, heads)
+        self.parts = tuple(self._document_part(layout, rank, heads, part, find) for part in parts)
+
+    @cached_property
+    def is_needed(self) -> bool:
+        """Whether any rank needs a row of another one: the collective is called by all of them, or by none."""
+        layout, *rest = self._plan
+        parts = (part for rank in range(layout.size) for part in _parts(layout, rank, *rest))
+        return any(not is_local for *_, pieces in parts for _, is_local in pieces)
 
     @staticmethod
-    def _document_part(layout, rank, heads, part, codes, order) -> DocumentPart:
+    def _document_part(layout, rank, heads, part, find: Callable[[torch.Tensor], torch.Tensor]) -> DocumentPart:
         rows, start, first, last, pieces = part
         own = first - start
         local, remote = [], []
@@ -186,70 +195,22 @@ class Exchange:
                 region = replace(block.region, keys=block.region.keys.shift(-own))
                 local.append(replace(block, region=region))
             else:
-                wanted = _row_codes(layout, heads, rows, block.kv_heads, block.region.keys.shift(start))
-                remote.append((block, order[torch.searchsorted(codes, wanted, sorter=order)]))
+                keys = block.region.keys.shift(start)
+                remote.append((block, find(_row_codes(layout, heads, rows, block.kv_heads, keys))))
         low = layout.own(rank)[0]
         return DocumentPart(rows, slice(first - low, last - low), own, tuple(local), tuple(remote))
 
-    @cached_property
-    def is_needed(self) -> bool:
-        """Whether any rank needs a row of another one: the collective is called by all of them, or by none."""
-        return any(
-            not is_local
-            for rank in range(self._layout.size)
-            for *_, pieces in _parts(self._layout, rank, self._schedule, self._heads)
-            for _, is_local in pieces
-        )
-
-    @property
-    def rows_received(self) -> int:
-        return sum(self.receive_counts)
-
-    @property
-    def rows_sent(self) -> int:
-        return sum(self.send_counts)
-
-    def on(self, device: torch.device) -> "Exchange":
-        """The same with its indices on a device, copied there once."""
-        if device.type == "cpu":
-            return self
-        if device not in self._devices:
-            moved = object.__new__(Exchange)
-            moved.__dict__.update(self.__dict__, is_needed=self.is_needed)
-            moved.send_index = tuple(index.to(device) for index in self.send_index)
-            moved.parts = tuple(
-                replace(part, remote=tuple((block, index.to(device)) for block, index in part.remote))
-                for part in self.parts
-            )
-            self._devices[device] = moved
-        return self._devices[device]
-
 
 @lru_cache(maxsize=64)
-def plan_exchange(layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads) -> Exchange:
+def plan_exchange(
+    layout: SequenceLayout,
+    rank: int,
+    schedule: DilationSchedule,
+    heads: Heads,
+    device: torch.device | str = "cpu",
+) -> Exchange:
     """The exchange of `rank`; texts of one length share it, layer after layer and step after step."""
-    return Exchange(layout, rank, schedule, heads)
-
-
-class ReceivedKeys:
-    """The keys and values of one remote block among the received rows [M, 2, D]; see `DenseKeys` for the interface."""
-
-    def __init__(self, index: torch.Tensor, received: torch.Tensor, grad: torch.Tensor | None = None):
-        self.index, self.received, self.grad = index, received, grad
-
-    def _shape(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = len(range(block.kv_heads.stop)[block.kv_heads])
-        return rows.view(-1, heads, 1, block.region.keys.count, *rows.shape[1:]).unbind(-2)
-
-    def get(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._shape(block, self.received.index_select(0, self.index))
-
-    def open_grad(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        self.rows = self.grad.new_zeros(len(self.index), *self.grad.shape[1:])
-        return self._shape(block, self.rows)
-
-    def close_grad(self, block: Block, key_grad: torch.Tensor, value_grad: torch.Tensor) -> None:
-        self.grad.index_add_(0, self.index, self.rows)
+    return Exchange(layout, rank, schedule, heads, device)
 
 
 def send_rows(
@@ -262,59 +223,63 @@ def send_rows(
     return received, work
 
 
-class _ShardedAttention(torch.autograd.Function):
-    """One softmax over own and received keys; the backward replays the blocks, as in dilated_attention.py."""
+@dataclass(frozen=True)
+class _Sharded:
+    """The way of `BlockAttention` through own keys, and received ones [M, 2, D]."""
 
-    @staticmethod
-    def forward(ctx, query, key, value, exchange, group, scale, kernel):
-        received = work = None
+    exchange: Exchange
+    group: dist.ProcessGroup | None
+    scale: float
+    kernel: type[Kernel]
+
+    def _cut(self, *tensors: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Tensors [B, H, n, ...] in the parts of the slice."""
+        return [[x[part.rows, :, part.tokens] for x in tensors] for part in self.exchange.parts]
+
+    def _local(self, part: DocumentPart) -> PlannedAttention:
+        return PlannedAttention(self.kernel, part.local, part.start, self.scale)
+
+    def _remote(self, part: DocumentPart) -> Iterator[PlannedAttention]:
+        for block, index in part.remote:
+            yield PlannedAttention(self.kernel, (block,), part.start, self.scale, lambda _, index=index: index)
+
+    def forward(self, query, key, value, out, lse):
+        exchange, received, work = self.exchange, None, None
         if exchange.is_needed:
             rows = torch.stack([x[exchange.send_index] for x in (key, value)], dim=1)
-            received, work = send_rows(rows, exchange.send_counts, exchange.receive_counts, group)
-        lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        out = torch.zeros_like(query, dtype=lse_dtype)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
-        views = [[x[part.rows, :, part.tokens] for x in (query, key, value, out, lse)] for part in exchange.parts]
-        for part, (q, k, v, o, s) in zip(exchange.parts, views):
-            attend_blocks(kernel, part.local, q, DenseKeys(k, v), o, s, part.start, scale)
+            received, work = send_rows(rows, exchange.send_counts, exchange.receive_counts, self.group)
+        views = self._cut(query, key, value, out, lse)
+        for part, own in zip(exchange.parts, views):
+            self._local(part).forward(*own)
         if work is not None:
             work.wait()
-        for part, (q, _, _, o, s) in zip(exchange.parts, views):
-            for block, index in part.remote:
-                attend_blocks(kernel, (block,), q, ReceivedKeys(index, received), o, s, part.start, scale)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, received, out, lse)
-        ctx.settings = exchange, group, scale, kernel
-        return out
+        for part, (q, _, _, *merged) in zip(exchange.parts, views):
+            for plan in self._remote(part):
+                plan.forward(q, *_as_buffer(received), *merged)
+        return (received,)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        query, key, value, received, out, lse = ctx.saved_tensors
-        exchange, group, scale, kernel = ctx.settings
-        grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
-        views = [
-            [x[part.rows, :, part.tokens] for x in (grad, query, out, lse, grads[0], key, value, *grads[1:])]
-            for part in exchange.parts
-        ]
-        work = None
+    def backward(self, grad, query, key, value, out, lse, grads, received):
+        exchange, work = self.exchange, None
+        views, grad_views = self._cut(grad, query, key, value, out, lse), self._cut(*grads)
         if received is not None:
             received_grad = torch.zeros_like(received, dtype=lse.dtype)
-            for part, (*saved, _, _, _, _) in zip(exchange.parts, views):
-                for block, index in part.remote:
-                    keys = ReceivedKeys(index, received, received_grad)
-                    attend_blocks_backward(kernel, (block,), *saved, keys, part.start, scale)
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            for part, (g, q, _, _, *final), own_grads in zip(exchange.parts, views, grad_views):
+                for plan in self._remote(part):
+                    plan.backward(g, q, *_as_buffer(received), *final, (own_grads[0], *_as_buffer(received_grad)))
+            if key.requires_grad or value.requires_grad:
                 rows = received_grad.to(key.dtype)
-                returned, work = send_rows(rows, exchange.receive_counts, exchange.send_counts, group)
-        for part, (*saved, k, v, key_grad, value_grad) in zip(exchange.parts, views):
-            keys = DenseKeys(k, v, key_grad, value_grad)
-            attend_blocks_backward(kernel, part.local, *saved, keys, part.start, scale)
+                returned, work = send_rows(rows, exchange.receive_counts, exchange.send_counts, self.group)
+        for part, own, own_grads in zip(exchange.parts, views, grad_views):
+            self._local(part).backward(*own, own_grads)
         if work is not None:
             work.wait()
             for total, rows in zip(grads[1:], returned.to(lse.dtype).unbind(1)):
                 total.index_put_(exchange.send_index, rows, accumulate=True)
-        return *(g.to(x.dtype) for g, x in zip(grads, (query, key, value))), *(None for _ in ctx.settings)
+
+
+def _as_buffer(received: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values of received rows, each as a buffer [1, 1, M, D]."""
+    return received[None, None].unbind(3)
 
 
 def sharded_attention(
@@ -332,10 +297,10 @@ def sharded_attention(
 
     Args:
         query: [B, H, n, D], this rank's slice. key, value: [B, G, n, D].
-        exchange: of this rank, from `plan_exchange`.
+        exchange: of this rank, from `plan_exchange`, on the device of the tensors.
         kernel: from `get_kernel`.
 
     Returns:
         [B, H, n, D]; padding gives zeros.
     """
-    return _ShardedAttention.apply(query, key, value, exchange.on(query.device), group, scale, kernel)
+    return BlockAttention.apply(_Sharded(exchange, group, scale, kernel), query, key, value)[0]

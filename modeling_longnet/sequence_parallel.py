@@ -10,14 +10,13 @@
         optimizer.step(); scheduler.step(); optimizer.zero_grad()
 
 To DDP and FSDP2 a rank is a data-parallel rank that holds a slice of the tokens. Everything but attention looks at one
-token at a time; the operator gets the keys and values that lie elsewhere from `sequence_exchange`. The first `size`
+token at a time; the operator gets the keys and values that lie elsewhere through `sequence_hooks`. The first `size`
 ranks share the first batch, the next ones the second. Nothing of this is part of a checkpoint.
 
-Letters: B batch, N tokens of a text, n tokens of a rank's slice, D head dimension.
+Letters: B batch, N tokens of a text, n tokens of a rank's slice.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,121 +25,11 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
-from .attention_kernels import get_kernel
-from .dilation_schedule import DilationSchedule
-from .document_ids import without_gradient_of_padding
-from .sequence_exchange import Exchange, Heads, plan_exchange, sharded_attention
-from .sequence_shards import SHARD, Place, Shard, ShardingCollator, locate_longnet, locate_patched
-from .transformers_compat import (
-    CACHE_NAMES,
-    attention_of,
-    causal_lm_class_names,
-    length_dependent_rope,
-    text_config_of,
-)
+from .sequence_hooks import SequenceHooks, ShardedForward, base_model_of, model_problem
+from .sequence_shards import Shard, ShardingCollator
 
 
 logger = logging.get_logger(__name__)
-
-PER_TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
-
-
-class ShardedForward:
-    """One forward of a slice: it travels to the attention functions as an argument, so that a recomputation (gradient
-    checkpointing) finds the place of its own batch, in whatever order forwards and backwards follow each other."""
-
-    is_read_by_hooks = True  # so that models pass it on
-
-    def __init__(self, place: Place, shard: Shard, group: dist.ProcessGroup | None):
-        self.place, self.shard, self.group = place, shard, group
-        self.exchanges: list[tuple[Exchange, int]] = []  # of each call of the operator, and bytes of a row
-
-    @torch.compiler.disable
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        schedule: DilationSchedule,
-        head_index_offset: int,
-        total_num_heads: int | None,
-        *,
-        scale: float,
-        dropout: float,
-        backend: str,
-        return_lse: bool,
-    ) -> torch.Tensor:
-        """What `dilated_attention` returns, for this rank's queries [B, H, n, D] over the keys of all ranks."""
-        layout = self.place.layout
-        if dropout > 0 or backend == "eager" or return_lse:
-            raise ValueError(
-                "sequence parallelism runs the fused kernels, without attention dropout and log-sum-exp, got "
-                f"dropout={dropout}, backend={backend!r}, return_lse={return_lse}."
-            )
-        if not query.shape[2] == key.shape[2] == layout.slice_length:
-            raise ValueError(
-                f"a rank's slice has {layout.slice_length} tokens, got {query.shape[2]} queries and {key.shape[2]} "
-                "keys: caches do not work in a sharded forward, generate under `disabled()`."
-            )
-        heads = Heads(query.shape[1], key.shape[1], head_index_offset, total_num_heads)
-        exchange = plan_exchange(layout, self.shard.rank, schedule, heads)
-        self.exchanges.append((exchange, 2 * key.shape[-1] * key.itemsize))
-        return sharded_attention(query, key, value, exchange, self.group, scale, get_kernel(backend, query))
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    """The Transformers model inside wrappers (DDP, torch.compile, PEFT)."""
-    while not hasattr(model, "config") or hasattr(model, "get_base_model") or hasattr(model, "_orig_mod"):
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
-        if inner is None:
-            raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}.")
-        model = inner
-    return model
-
-
-def _loss_type(model: nn.Module) -> str | None:
-    """The library's name of a model's loss; classes whose name does not tell (GPT2LMHeadModel) fall back to causal."""
-    loss_type = getattr(model, "loss_type", None)
-    is_causal = type(model).__name__ in causal_lm_class_names().values()
-    return "ForCausalLM" if loss_type is None and is_causal else loss_type
-
-
-def _is_longnet(config: Any) -> bool:
-    return hasattr(config, "segment_lengths")
-
-
-def _model_problem(model: nn.Module, outer: nn.Module) -> str | None:
-    """Why a model's numbers would be wrong on slices of a text, or None."""
-    config, name = model.config, type(model).__name__
-    rope = length_dependent_rope(config)  # its longest position differs from rank to rank
-    settings = getattr(config, "dilated_attention", None)
-    if text_config_of(config) is not config:
-        return "it is a composite model, whose pictures or sounds do not lie in one slice: only text models are sharded"
-    if not _is_longnet(config) and settings is None:
-        return "its attention is not dilated: call `patch_model` first"
-    if not _is_longnet(config) and len(settings["layers"]) < config.num_hidden_layers:
-        left = sorted(set(range(config.num_hidden_layers)) - set(settings["layers"]))
-        return f"its layers {left} are not patched, and would see their own slice only"
-    if (attention_of(config) if settings is None else settings["backend"]) == "eager":
-        return "eager attention does not run across ranks: use the kernels of attn_implementation='sdpa'"
-    for setting in ("attention_dropout", "attn_pdrop", "drop_path_rate"):
-        if getattr(config, setting, 0):
-            return f"`{setting}` must be 0, got {getattr(config, setting)}: its random numbers cannot span ranks"
-    if name != type(model.base_model).__name__ and _loss_type(model) not in PER_TOKEN_LOSSES:
-        return "its loss is not one of each token by itself"
-    if rope is not None:
-        return f"rope_type {rope[0]!r} depends on the length of the text, which a slice does not show"
-    if getattr(config, "output_router_logits", False):
-        return "the load-balancing loss of its experts (`output_router_logits`) looks at whole texts"
-    if any(getattr(c, "is_prompt_learning", False) for c in getattr(outer, "peft_config", {}).values()):
-        return "prompt learning puts virtual tokens before each slice"
-    return None
-
-
-def _pre_hooks(module: nn.Module) -> list[Callable]:
-    return list(module._forward_pre_hooks.values())
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -162,14 +51,6 @@ class _GatherSequence(torch.autograd.Function):
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(total, parts.flatten(0, 1), group=group)
         return total, None, None
-
-
-def _detached(size: int) -> "SequenceParallel":
-    """What a pickled `SequenceParallel` becomes: process groups do not travel, so it leaves forwards alone."""
-    sp = object.__new__(SequenceParallel)
-    sp.accelerator, sp.size, sp.rank, sp.group = None, size, 0, None
-    sp._is_disabled, sp._forward, sp._checked = True, None, None
-    return sp
 
 
 class SequenceParallel:
@@ -201,8 +82,8 @@ class SequenceParallel:
         if size > 1:
             groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
             self.group = groups[self.data_parallel_rank]
-        self._is_disabled = False
-        self._forward: ShardedForward | None = None  # the running one, then the last one
+        self.is_disabled = False
+        self.forward: ShardedForward | None = None  # the running one, then the last one
         self._checked: dict[str, Any] | None = None
 
     def describe(self) -> str:
@@ -214,8 +95,9 @@ class SequenceParallel:
     def __deepcopy__(self, memo: dict) -> "SequenceParallel":
         return self  # hooks of a copied model belong to the same processes
 
-    def __reduce__(self):
-        return _detached, (self.size,)
+    def __getstate__(self) -> dict[str, Any]:
+        """Process groups do not travel: a pickled one leaves forwards alone."""
+        return vars(self) | {"accelerator": None, "group": None, "is_disabled": True, "forward": None}
 
     def collator(self, collate: Callable | None = None, *, shift_labels: bool = True) -> ShardingCollator:
         """`collate` (Transformers' default one) whose batches are cut to this rank's slice; see `ShardingCollator`.
@@ -257,70 +139,25 @@ class SequenceParallel:
 
         return attach(self, trainer)
 
-    def add_hooks(self, model: nn.Module) -> None:
-        """Readies a model for sharded batches; `prepare` calls it.
+    def add_hooks(self, model: nn.Module) -> SequenceHooks:
+        """Readies a model for sharded batches; `prepare` calls it. `remove()` of what it returns takes that back.
 
         Raises:
             ValueError: for a model whose numbers would be wrong on slices of a text.
         """
-        base = _base_model(model)
-        problem = _model_problem(base, model)
+        base = base_model_of(model)
+        problem = model_problem(base, model)
         if problem:
             raise ValueError(f"{type(base).__name__} cannot run sequence-parallel: {problem}.")
-        backbone = base.base_model
-        if any(getattr(getattr(hook, "func", None), "__self__", None) is self for hook in _pre_hooks(backbone)):
-            return
-        if getattr(base.config, "position_embedding_type", None) == "xpos":
-            backbone.xpos.register_forward_pre_hook(self._place_xpos, with_kwargs=True)
-        loss_type = None if base is backbone else _loss_type(base)
-        backbone.register_forward_pre_hook(functools.partial(self._enter, loss_type), with_kwargs=True)
-        backbone.register_forward_hook(self._leave)
+        for hook in base.base_model._forward_pre_hooks.values():
+            there = getattr(hook, "__self__", None)
+            if isinstance(there, SequenceHooks) and there.sp is self:
+                return there
         if self.data_parallel_rank == self.rank == 0:
             logger.warning(f"{self.describe()}; {type(base).__name__} runs on slices of its texts.")
+        return SequenceHooks(self, base)
 
-    def _enter(
-        self, loss_type: str | None, backbone: nn.Module, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
-        """Before the backbone: replaces what would be read from a slice by what the whole texts say."""
-        shard = kwargs.get(SHARD)
-        if self._is_disabled:
-            if shard is not None:
-                raise ValueError("this batch is a slice of its texts: `disabled()` wants whole ones.")
-            return None
-        if not isinstance(shard, Shard):
-            raise ValueError(
-                "sequence parallelism is active, but this batch was not cut by `sp.collator(...)`. Use the collator, "
-                "or run the forward on whole texts under `sp.disabled()`."
-            )
-        tokens = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-        self._check_call(loss_type, shard, tokens, kwargs)
-        if _is_longnet(backbone.config):
-            place = locate_longnet(shard)
-        else:
-            place = locate_patched(shard, bool(getattr(backbone.config, "rope_parameters", None)))
-        self._check_group(shard, tokens.device)
-        self._forward = ShardedForward(place, shard, self.group)
-        position_ids = place.position_ids.to(tokens.device)
-        return args, kwargs | {
-            SHARD: self._forward,
-            "position_ids": position_ids,
-            "attention_mask": torch.ones_like(position_ids),  # what is padding is told by the layout
-            "use_cache": False,
-        }
-
-    def _check_call(self, loss_type: str | None, shard: Shard, tokens: torch.Tensor, kwargs: dict) -> None:
-        if any(kwargs.get(name) is not None for name in CACHE_NAMES):
-            raise ValueError("`cache` does not work in a sharded forward: generate under `sp.disabled()`.")
-        if tokens.shape[:2] != (shard.batch, shard.slice_length) or shard.size != self.size:
-            raise ValueError(
-                f"the batch was cut for {(shard.batch, shard.slice_length)} tokens on {shard.size} ranks, got "
-                f"{tuple(tokens.shape[:2])} on {self.size}: it was changed after the collator."
-            )
-        is_causal = loss_type == "ForCausalLM"
-        if shard.has_labels and loss_type is not None and shard.labels_are_shifted != is_causal:
-            raise ValueError(f"`shift_labels` of `sp.collator` must be {is_causal} for this model.")
-
-    def _check_group(self, shard: Shard, device: torch.device) -> None:
+    def check_group(self, shard: Shard, device: torch.device) -> None:
         """In the first forward: do all ranks of a group hold slices of the same texts, in order?"""
         if self._checked is not None or self.size == 1:
             self._checked = self._checked or {"fingerprints": [shard.fingerprint], "ranks": [0]}
@@ -337,47 +174,14 @@ class SequenceParallel:
             )
         self._checked = {"fingerprints": list(prints), "ranks": list(ranks)}
 
-    def _place_xpos(self, xpos: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """xPos counts from the start of the document, which may lie on another rank."""
-        if self._is_disabled:
-            return None
-        place, config = self._forward.place, xpos.config
-        longest = max((stop - start for *_, start, stop in place.layout.documents), default=0)
-        if longest > config.max_position_embeddings and not config.xpos_is_centred_per_segment:
-            raise ValueError(
-                f"Positions must be below `max_position_embeddings={config.max_position_embeddings}` with this xPos, "
-                f"got a document of {longest} tokens."
-            )
-        return args, kwargs | {"position_ids": place.document_positions.to(args[0].device)}
-
-    def _leave(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
-        """After the backbone: did every layer's attention look across the ranks?"""
-        if self._is_disabled:
-            return None
-        layers, calls = backbone.config.num_hidden_layers, len(self._forward.exchanges)
-        if calls != layers:
-            raise ValueError(
-                f"{layers} layers, but {calls} looked across the ranks: the others saw their own slice only. Does the "
-                "model pass its keyword arguments on to its attention?"
-            )
-        shard = self._forward.shard
-        if not _is_longnet(backbone.config) or shard.attention_mask is None:
-            return None
-        # As a LongNet does, from whose sight the hook before has taken the padding.
-        states = without_gradient_of_padding(output[0], shard.cut(shard.attention_mask))
-        if isinstance(output, tuple):
-            return states, *output[1:]
-        output.last_hidden_state = states
-        return output
-
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it the model runs on whole texts, as on a single device: for generation, or a comparison."""
-        before, self._is_disabled = self._is_disabled, True
+        before, self.is_disabled = self.is_disabled, True
         try:
             yield
         finally:
-            self._is_disabled = before
+            self.is_disabled = before
 
     def gather_sequence(self, tensor: torch.Tensor, length: int | None = None) -> torch.Tensor:
         """The whole texts' [B, N, ...] of a slice's [B, n, ...] (logits, hidden states), on every rank of the group.
@@ -386,9 +190,9 @@ class SequenceParallel:
         last forward.
         """
         if length is None:
-            if self._forward is None:
+            if self.forward is None:
                 raise ValueError("`length` must be given before the first forward.")
-            length = self._forward.shard.length
+            length = self.forward.shard.length
         if tensor.shape[1] * self.size < length or (tensor.shape[1] - 1) * self.size >= length:
             raise ValueError(
                 f"`tensor` must be a slice of {-(-length // self.size)} of {length} tokens along its second dimension, "
@@ -401,14 +205,14 @@ class SequenceParallel:
     def report(self) -> str:
         """Groups, rows and bytes of the last forward, and the self-check of the first one."""
         lines = [self.describe()]
-        if self._forward is None or self._checked is None:
+        if self.forward is None or self._checked is None:
             return "\n".join([*lines, "no forward yet"])
-        shard = self._forward.shard
+        shard = self.forward.shard
         lines.append(
             f"last forward: {shard.batch} x {shard.length} tokens, this rank holds {shard.slice_length} from "
             f"{shard.rank * shard.slice_length} on"
         )
-        sizes = [(e.rows_received * b, e.rows_sent * b) for e, b in self._forward.exchanges]
+        sizes = [(e.rows_received * b, e.rows_sent * b) for e, b in self.forward.exchanges]
         for layer, (received, sent) in enumerate(sizes):
             lines.append(f"layer {layer}: {received:,} bytes received, {sent:,} sent; as much back in the backward")
         received, sent = (sum(s) for s in zip(*sizes))

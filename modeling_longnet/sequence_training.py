@@ -102,9 +102,10 @@ def attach(sp: Any, trainer: Any) -> Any:
     trainer.data_collator = sp.collator(trainer.data_collator, shift_labels=shifts)
     accelerator = trainer.accelerator
     accelerator.prepare_data_loader = functools.partial(_prepare_trainer_loader, sp, accelerator.prepare_data_loader)
-    for name in ("compute_loss", "prediction_step", "evaluation_loop"):
-        wrapper = functools.partial(globals()[f"_{name}"], sp, trainer, getattr(trainer, name))
-        setattr(trainer, name, functools.update_wrapper(wrapper, getattr(trainer, name)))
+    wrappers = {"compute_loss": _compute_loss, "prediction_step": _prediction_step, "evaluation_loop": _evaluation_loop}
+    for name, wrapper in wrappers.items():
+        original = getattr(trainer, name)
+        setattr(trainer, name, functools.update_wrapper(functools.partial(wrapper, sp, trainer, original), original))
     return trainer
 
 

@@ -29,8 +29,10 @@ from modeling_longnet import (
 # What each file is for. A new name here is one more file that every user of a checkpoint downloads and runs.
 CODE = {
     "configuration_longnet.py",
+    "dilated_config.py",
+    "xpos_range.py",
     "modeling_longnet.py",
-    "attention_functions.py",
+    "longnet_layers.py",
     "position_embeddings.py",
     "document_ids.py",
     "chunked_loss.py",
@@ -38,14 +40,14 @@ CODE = {
     # the operator
     "dilation_schedule.py",
     "dilated_attention.py",
-    "dilated_attention_reference.py",
+    "attention_pairs.py",
     "dilation_plan.py",
     "attention_blocks.py",
     "attention_kernels.py",
     # the bounded cache
     "dilated_cache.py",
-    "dilated_cache_attention.py",
     "dilated_cache_export.py",
+    "dilated_cache_generation.py",
     "dilated_cache_layer.py",
     "dilated_cache_layout.py",
     "visible_attention.py",

@@ -1,5 +1,8 @@
 """Training a patched model with the tools people use: HF Trainer, TRL, PEFT; each against a loop written by hand."""
 
+import copy
+import gc
+import inspect
 import json
 
 import pytest
@@ -16,6 +19,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_longnet.patching import SETTINGS_NAME, is_patched, load_patched_model, patch_model, unpatch_model
+from modeling_longnet.transformers_compat import UPLOAD
 
 
 SCHEDULE = ([8, 32], [1, 4])
@@ -249,6 +253,24 @@ def test_adapters_of_unpatched_models_are_saved_as_ever(base_folder, tmp_path):
     assert "load_patched_model" not in (tmp_path / card).read_text()
     with pytest.raises(ValueError, match="was not saved from a patched model"):
         load_patched_model(tmp_path / "adapter")
+
+
+def test_pefts_class_is_its_own_again_when_the_last_patched_model_is_gone(monkeypatch, tmp_path):
+    peft_class = pytest.importorskip("peft").PeftModel
+    for name in ("save_pretrained", UPLOAD):  # without what patched models of other tests have put there
+        monkeypatch.setattr(peft_class, name, inspect.unwrap(getattr(peft_class, name)))
+    before = dict(vars(peft_class))
+    model = patch_model(tiny_llama(), *SCHEDULE)
+    twin = copy.deepcopy(model)
+    assert dict(vars(peft_class)) != before
+    unpatch_model(model)
+    del model
+    gc.collect()
+    lora(twin).save_pretrained(tmp_path)  # a copy is as patched as what it was copied from
+    assert (tmp_path / SETTINGS_NAME).is_file()
+    del twin
+    gc.collect()
+    assert dict(vars(peft_class)) == before
 
 
 def test_trainer_trains_an_adapter_and_its_checkpoint_loads(base_folder, tmp_path):

@@ -3,6 +3,7 @@
 The processes run sequence_parallel_worker.py and sequence_parallel_training.py; many cases share a start.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -203,6 +204,25 @@ def test_a_size_of_one_changes_nothing_and_labels_of_encoders_are_not_shifted():
     got = model(**sp.collator(lambda x: x, shift_labels=False)({"input_ids": ids, "labels": labels}))
     torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(got.loss, wanted.loss)
+
+
+def test_hooks_can_be_removed_and_a_copy_has_its_own():
+    sp, model = SequenceParallel(None, 1), longnet(dtype=torch.float32)
+    modules = (model.model, model.model.xpos)
+    hooks, ids = sp.add_hooks(model), torch.randint(1, 60, (1, 21))
+    assert sp.add_hooks(model) is hooks and all(module._forward_pre_hooks for module in modules)
+    twin = copy.deepcopy(model)
+    assert sp.add_hooks(twin) is not hooks and sp.add_hooks(twin).sp is sp
+    with pytest.raises(ValueError, match="was not cut"):
+        model(ids)
+    hooks.remove()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+    with pytest.raises(ValueError, match="was not cut"):
+        twin(ids)
+    shard = sp.collator(lambda x: x)({"input_ids": ids})
+    torch.testing.assert_close(twin(**shard).logits, model(ids).logits)
+    sp.add_hooks(twin).remove()
+    torch.testing.assert_close(twin(ids).logits, model(ids).logits)
 
 
 def test_the_collator_keeps_what_does_not_run_along_the_text_and_refuses_masks_of_pairs():

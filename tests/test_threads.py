@@ -180,7 +180,7 @@ def test_patching_in_many_threads_at_once():
 
 @pytest.mark.parametrize("stage", [
     "probe_attention", "find_layers", "choose_layers", "guard_learned_positions", "scale_rotary_embeddings",
-    "_mark_scaled", "_set_instance_attributes", "record_in_adapters", "make_report",
+    "_mark_scaled", "_set_instance_attributes", "AdapterRecord", "make_report",
 ])  # fmt: skip
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("make", [llama, gpt2])

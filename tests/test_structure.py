@@ -1,0 +1,144 @@
+"""How the package hangs together: no state of modules that functions change, and no import that leads back."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parent.parent / "modeling_longnet"
+FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+
+MUTATORS = {
+    "add", "append", "appendleft", "clear", "discard", "extend", "insert", "move_to_end", "pop", "popitem", "popleft",
+    "remove", "reverse", "setdefault", "sort", "update",
+}  # fmt: skip
+# What modules may keep, and why nobody sees it from outside.
+ALLOWED = {
+    "dilation_plan: plan_blocks keeps results": "a pure function of numbers and a schedule",
+    "dilated_cache_attention: read_layout_name keeps results": "a pure function of a text",
+    "dilated_cache_layout: _tables keeps results": "a pure function of numbers, a schedule and a device",
+    "dilation_schedule: from_text keeps results": "a pure function of a text",
+    "patched_attention: eager_attention_of keeps results": "a module that is loaded stays what it is",
+    "sequence_exchange: plan_exchange keeps results": "a pure function of numbers, a schedule and a device",
+}  # fmt: skip
+
+
+def bound_names(function: ast.AST) -> set[str]:
+    """The names that a function makes its own: parameters, and what it assigns without `global`."""
+    arguments = function.args
+    names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+    names |= {a.arg for a in (arguments.vararg, arguments.kwarg) if a}
+    shared = {name for node in ast.walk(function) if isinstance(node, ast.Global) for name in node.names}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node is not function:
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return names - shared
+
+
+def root(node: ast.AST) -> str | None:
+    """The name that an attribute or an item is reached from."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def changed_names(node: ast.AST) -> Iterator[tuple[str | None, str]]:
+    """Names whose objects this node changes, and how."""
+    targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else [getattr(node, "target", None)]
+    for target in targets:
+        for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
+            if isinstance(part, (ast.Attribute, ast.Subscript)):
+                yield root(part), "is written into"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+        yield root(node.func), f"is changed by .{node.func.attr}"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+        yield root(node.args[0]), f"is changed by {node.func.id}"
+
+
+def module_state(source: str) -> list[str]:
+    """What functions of a module change of the module's own, or keep from one call to the next."""
+    tree, found = ast.parse(source), []
+    own = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for statement in tree.body:
+        own |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {statement.name} if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) else set()
+
+    def visit(node: ast.AST, local: set[str], is_inside: bool) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            for decorator in getattr(node, "decorator_list", ()):
+                if {"cache", "lru_cache"} & {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(decorator)}:
+                    found.append(f"{node.name} keeps results")
+            local, is_inside = local | bound_names(node), True
+        if is_inside:
+            if isinstance(node, ast.Global):
+                found.extend(f"{name} is bound anew" for name in node.names)
+            found.extend(f"{name} {how}" for name, how in changed_names(node) if name in own - local)
+        for child in ast.iter_child_nodes(node):
+            visit(child, local, is_inside)
+
+    visit(tree, set(), False)
+    return found
+
+
+def test_no_function_changes_what_its_module_holds():
+    found = {f"{name}: {what}" for name, path in FILES.items() for what in module_state(path.read_text())}
+    assert not found - set(ALLOWED)
+
+
+@pytest.mark.parametrize("planted", [
+    "STATE = None\ndef f():\n    global STATE\n    STATE = 1",
+    "STATE = {}\ndef f(key):\n    STATE[key] = 1",
+    "STATE = {}\ndef f(key):\n    del STATE[key]",
+    "STATE = {'a': []}\ndef f(key):\n    STATE['a'].append(key)",
+    "STATE = set()\nclass A:\n    def f(self):\n        STATE.add(self)",
+    "STATE: list = []\ndef f():\n    def g():\n        STATE.append(1)",
+    "STATE = [0]\ndef f():\n    STATE[0] += 1",
+    "from .other import STATE\nf = lambda: STATE.clear()",
+    "class A:\n    running = None\ndef f(x):\n    A.running = x",
+    "def f(x):\n    f.last = x",
+    "class A: pass\ndef f(x):\n    setattr(A, 'running', x)",
+    "import functools\n@functools.lru_cache(maxsize=None)\ndef f(x): return x",
+])  # fmt: skip
+def test_planted_state_is_found(planted):
+    assert len(module_state(planted)) == 1
+
+
+@pytest.mark.parametrize("harmless", [
+    "STATE = {}\nSTATE['a'] = 1",
+    "STATE = {}\ndef f(STATE):\n    STATE['a'] = 1",
+    "STATE = {}\ndef f():\n    STATE = {}\n    STATE.update(a=1)\n    return STATE",
+    "STATE = {}\nclass A:\n    def f(self):\n        self.x = STATE['a']\n        self.y.append(STATE)",
+])  # fmt: skip
+def test_what_is_a_functions_own_is_not_found(harmless):
+    assert module_state(harmless) == []
+
+
+def imports_of(name: str) -> set[str]:
+    tree = ast.parse(FILES[name].read_text())
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+
+
+def test_no_import_leads_back():
+    below: dict[str, set[str]] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> set[str]:
+        assert name not in path, f"a circle: {' > '.join((*path, name))}"
+        if name not in below:
+            below[name] = set().union(*({other} | visit(other, (*path, name)) for other in imports_of(name)))
+        return below[name]
+
+    for name in FILES:
+        visit(name, ())
+    upper = {n for n in FILES if n.startswith(("dilated_cache", "modeling_", "patch", "sequence_", "memory_patch"))}
+    for name in ("dilated_attention", "visible_attention", "sequence_exchange", "document_ids"):
+        assert not below[name] & upper, f"{name} imports from above it"
+    # Parallelism and patching act from outside, and only tests know the definition.
+    assert not {n for n in below["modeling_longnet"] if n.startswith(("patch", "sequence_"))}
+    assert imports_of("dilated_attention_reference") == set()
+    assert {name for name in FILES if "dilated_attention_reference" in imports_of(name)} == {"__init__"}
