@@ -2,12 +2,23 @@
 goes on from its state as if it had read the text at once."""
 
 import math
+import re
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
+from examples.evidence import neighbours
 from examples.evidence.neighbours.attention_patterns import Fixed, GlobalTokens, RandomBlocks, SlidingWindow, Strided
-from examples.evidence.neighbours.backbone import CausalConvolution, ModelShape, rotate, split_heads, state_bytes
+from examples.evidence.neighbours.backbone import (
+    Backbone,
+    CausalConvolution,
+    ModelShape,
+    rotate,
+    split_heads,
+    state_bytes,
+)
 from examples.evidence.neighbours.gated_attention import FlashUnit
 from examples.evidence.neighbours.linear_attention import CosFormerAttention
 from examples.evidence.neighbours.lru import LinearRecurrentUnit
@@ -470,3 +481,28 @@ def test_unknown_systems_are_refused():
 def test_states_are_not_kept_while_training():
     with pytest.raises(ValueError, match="keep_state"):
         build_system("Hawk", SHAPE)(torch.zeros(1, 4, dtype=torch.long), keep_state=True)
+
+
+def test_the_readme_s_example_is_a_mixer():
+    text = (Path(neighbours.__path__[0]) / "README.md").read_text()
+    code = textwrap.dedent("   " + re.search(r"```python\n   (.*?)```", text, re.DOTALL).group(1))
+    names = {"nn": torch.nn, "torch": torch}
+    exec(code, names)
+    system = Backbone(SHAPE, lambda layer: names["RunningMean"](), 8).eval()
+    tokens = torch.randint(SHAPE.vocab_size, (1, 20))
+    with torch.no_grad():
+        whole, _ = system(tokens)
+        first, state = system(tokens[:, :12], keep_state=True)
+        rest, _ = system(tokens[:, 12:], state, keep_state=True)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_s4d_continues_in_pieces_of_any_length():
+    module, inputs = S4D(4, state_size=3).double(), random(1, 1300, 4)
+    whole, _ = module(inputs)
+    outputs, state = [], None
+    for part in inputs.split([1100, 1, 199], 1):
+        output, state = module(part, state)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-10)

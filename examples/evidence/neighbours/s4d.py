@@ -66,9 +66,10 @@ class S4D(nn.Module):
     def _last_state(self, rows, exponent, state, piece: int = 512):
         """The state [B, E, S] after `rows` [B, E, N], in pieces, so that powers of exp(step A) are few."""
         state = exponent.new_zeros(rows.shape[0], *exponent.shape) if state is None else state
+        ages = torch.arange(min(piece, rows.shape[-1]) - 1, -1, -1, device=rows.device)
+        powers = torch.exp(exponent[..., None] * ages)
         for part in rows.split(piece, -1):
-            ages = torch.arange(part.shape[-1] - 1, -1, -1, device=rows.device)
-            powers = torch.exp(exponent[..., None] * ages)
-            new = torch.einsum("ben,esn->bes", part.to(powers.dtype), powers)
-            state = torch.exp(exponent * part.shape[-1]) * state + new
+            length = part.shape[-1]
+            new = torch.einsum("ben,esn->bes", part.to(powers.dtype), powers[..., -length:])
+            state = torch.exp(exponent * length) * state + new
         return state
