@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_longnet import LongNetForCausalLM
+from modeling_longnet import LongNetForCausalLM, dilated_attention
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_layout import SlotLayout
@@ -141,6 +141,21 @@ def test_a_token_reads_the_slots_that_a_mask_would_show_it():
                 doubled = position < schedule.segment_lengths[0] and schedule.dilation_rates[0] == 1
                 read = [slot - first if doubled and first <= slot < first + sinks else slot for slot in read]
                 assert sorted(read) == shown.nonzero()[:, 0].tolist(), (seed, position)
+
+
+def test_a_token_over_plain_keys_is_the_definition():
+    for seed in range(30):
+        schedule, heads, groups, length, *_ = random_case(random.Random(seed))
+        query, (key, value) = torch.randn(2, heads, 1, WIDTH), torch.randn(2, 2, groups, length, WIDTH)
+        ids = torch.zeros(2, length, dtype=torch.long)
+        ids[0, : seed % 7] = -1
+        arguments = {"query_offset": length - 1 - seed % 3, **schedule.as_arguments()}
+        for document_ids in (ids, None):
+            wanted = dilated_attention_reference(
+                query.double(), key.double(), value.double(), document_ids=document_ids, **arguments
+            )
+            found = dilated_attention(query, key, value, document_ids=document_ids, **arguments)
+            torch.testing.assert_close(found, wanted.float(), atol=1e-5, rtol=0)
 
 
 def patched(model, **options):
