@@ -320,6 +320,10 @@ class DilatedLayer(CacheLayerMixin):
         """What is kept of the text, by name."""
         return {"keys": self.keys, "values": self.values}
 
+    def bytes(self) -> dict[str, int]:
+        """What that takes, by where it lies."""
+        return {"device": sum(x.nbytes for x in self.stored().values())}
+
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes what `stored` gave for another layer of this kind and size, of which `keys` and `values` exist.
 
