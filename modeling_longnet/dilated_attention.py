@@ -241,23 +241,10 @@ def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_
 
 
 def scheduled_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    schedule: DilationSchedule,
-    *,
-    scale: float | None = None,
-    inv_freq: torch.Tensor | None = None,
-    basis: MemoryBasis | None = None,
-    dropout: float = 0.0,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
-    document_ids: torch.Tensor | None = None,
-    query_offset: int | torch.Tensor | None = None,
-    backend: str | None = None,
-    return_lse: bool = False,
-    elsewhere: Callable[..., torch.Tensor] | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, schedule: DilationSchedule, *, scale=None, inv_freq=None, basis=None, dropout=0.0,
+    head_index_offset=0, total_num_heads=None, document_ids=None, query_offset=None, backend=None, return_lse=False,
+    elsewhere=None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """[`dilated_attention`] by a schedule that was made and checked before: what models call."""
     query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
     _check_types(
