@@ -21,6 +21,7 @@ ALLOWED = {
     "dilated_cache_layout: _tables keeps results": "a pure function of numbers, a schedule and a device",
     "dilation_schedule: from_text keeps results": "a pure function of a text",
     "patched_attention: eager_attention_of keeps results": "a module that is loaded stays what it is",
+    "triton_attention: plan_launches keeps results": "a pure function of numbers and a schedule",
     "sequence_exchange: plan_exchange keeps results": "a pure function of numbers, a schedule and a device",
 }  # fmt: skip
 

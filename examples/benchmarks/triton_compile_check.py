@@ -147,8 +147,8 @@ def main() -> None:
         print(
             f"{row['kernel']:18} sm_{row['arch']} {row['dtype']} D={row['head_dim']} {row['schedule']:20} "
             f"{row['BM']}x{row['BN']} warps {row['num_warps']} stages {row['num_stages']}: "
-            f"registers {row['registers']}, spilled {row['spilled_bytes']}, "
-            f"shared {row['shared_kib']:.0f} KiB, wgmma {row['wgmma']}, mma {row['mma']}, async copies {row['async_copies']}", flush=True,
+            f"registers {row['registers']}, spilled {row['spilled_bytes']}, shared {row['shared_kib']:.0f} KiB, "
+            f"wgmma {row['wgmma']}, mma {row['mma']}, async copies {row['async_copies']}", flush=True,
         )  # fmt: skip
 
     rows = check(args.arch, args.dtype, args.head_dim, args.schedule, report)
