@@ -22,6 +22,7 @@ from .document_ids import document_positions
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
+from .token_attention import attend_token, plan_token
 from .triton_attention import TritonCall, triton_backward, triton_forward
 
 
@@ -46,7 +47,7 @@ def find_runs(document_ids: torch.Tensor | None, batch: int, length: int) -> lis
     return [(slice(row, row + 1), *run) for row in range(batch) for run in runs[row]]
 
 
-def _pieces(query, key, document_ids, query_offset, schedule, head_index_offset, total_num_heads):
+def _pieces(query, key, document_ids, query_offset, schedule, head_index_offset, total_num_heads, plan=plan_blocks):
     """Per document: rows of the batch, its queries as a slice of Q, its keys as a slice of N, its plan of blocks."""
     (_, num_heads, query_length, _), (batch, num_kv_heads, length, _) = query.shape, key.shape
     for rows, start, stop in find_runs(document_ids, batch, length):
@@ -54,7 +55,7 @@ def _pieces(query, key, document_ids, query_offset, schedule, head_index_offset,
         if first >= last:
             continue
         reach = last if schedule.is_causal else stop
-        blocks = plan_blocks(
+        blocks = plan(
             schedule, num_heads, num_kv_heads, first - start, last - start, reach - start, head_index_offset,
             total_num_heads,
         )  # fmt: skip
@@ -83,9 +84,14 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
     mixed.zero_()
     lse.fill_(-torch.inf)
     kernel = get_kernel(backend, query)
-    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
+    is_single = query.shape[2] == 1 and schedule.padding == "mask"
+    plan = plan_token if is_single else plan_blocks
+    for rows, q, k, start, planned in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads), plan):
         tensors = query[rows, :, q], key[rows, :, k], value[rows, :, k], mixed[rows, :, q], lse[rows, :, q]
-        PlannedAttention(kernel, blocks, start, scale).forward(*tensors)
+        if is_single:
+            attend_token(kernel, planned, *tensors, scale)
+        else:
+            PlannedAttention(kernel, planned, start, scale).forward(*tensors)
     if mixed is not out:
         out.copy_(mixed)
     return out, lse

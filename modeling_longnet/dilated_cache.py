@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging
 
 from .dilated_cache_export import register_for_export
-from .dilated_cache_layer import DilatedLayer, Step
+from .dilated_cache_layer import DilatedLayer, Step, dilated_layer_indices
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
 from .document_ids import Documents, find_documents, order_of_padding_behind, restore_order
@@ -34,13 +34,6 @@ ABORTED = (
     "`cache`: a forward with this cache did not end (an error or an interruption): its layers disagree. Call "
     "`reset()`, or load the state that was saved last."
 )
-
-
-def dilated_layer_indices(config) -> list[int]:
-    """The layers whose attention is dilated: all of a LongNet, the patched ones of a patched model."""
-    settings = getattr(config, "dilated_attention", None)
-    layers = range(config.num_hidden_layers)  # fewer than are patched while `generate` drafts with the first ones
-    return list(layers) if settings is None else [index for index in settings["layers"] if index in layers]
 
 
 def _padding_first(documents: Documents) -> Documents:

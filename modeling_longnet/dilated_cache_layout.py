@@ -12,13 +12,14 @@ Letters: B batch, H query heads, G key/value heads, S slots, w segment length, r
 offset classes (distinct offsets among the query heads of one key/value head), c = ceil(w / r) rows of a class.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 
-from .dilation_plan import SINKS, Block, Rows
+from .dilation_plan import SINKS, Block, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule
+from .token_attention import Piece, join_blocks
 
 
 NOWHERE = 2**31 - 1  # an in-segment index that no query ever reaches, and a slot that raises an error
@@ -225,6 +226,24 @@ class SlotLayout:
         repeats = torch.arange(block.repeats, device=device) * block.stride
         positions = (repeats[:, None] + keys.start + keys.step * torch.arange(keys.count, device=device)).flatten()
         return torch.where(positions < origin, self._slot(block, positions), positions - origin + column)
+
+    def token_pieces(self, position: int) -> tuple[Piece, ...]:
+        """What the query at `position` sees, as rows of the slots, its own row written."""
+        heads = self.num_heads, self.num_kv_heads, position, position + 1, position + 1
+        blocks = plan_blocks(self.schedule, *heads, self.head_index_offset, self.total_num_heads)
+        # In the first segment the sink tokens stand in the slots of pattern 0 too, before what is read there.
+        doubled = position < self.schedule.segment_lengths[0] and self.schedule.dilation_rates[0] == 1
+        return join_blocks((replace(b, pattern=0) if doubled and b.pattern == SINKS else b for b in blocks), self._rows)
+
+    def _rows(self, block: Block) -> list[Rows]:
+        """Where the keys of a block of one query lie."""
+        keys = block.region.keys
+        if block.pattern == 0 and self.schedule.window:  # a ring
+            first = min(keys.count, self.schedule.dense_start - keys.start % self.schedule.dense_start)
+            cuts = (keys.start, first), (keys.start + first, keys.count - first)
+            return [Rows(self._slot(block, start), 1, count) for start, count in cuts if count]
+        rate = 1 if block.pattern == SINKS else self.schedule.dilation_rates[block.pattern]
+        return [Rows(self._slot(block, keys.start), keys.step // rate, keys.count)]
 
 
 @lru_cache(maxsize=64)

@@ -42,6 +42,7 @@ CODE = {
     "dilated_attention.py",
     "attention_pairs.py",
     "dilation_plan.py",
+    "token_attention.py",
     "attention_blocks.py",
     "attention_kernels.py",
     # the bounded cache
