@@ -8,7 +8,8 @@ from torch import nn
 from .dilation_schedule import DilationSchedule
 from .memory_calibration import make_basis
 from .memory_files import layer_memories, set_bases
-from .patched_attention import LAYER_MEMORY, reading
+from .patch_probe import reading
+from .patched_attention import LAYER_MEMORY
 from .patching import _unwrap, is_patched
 from .transformers_compat import text_config_of
 
@@ -49,14 +50,8 @@ def calibrate_memory(model: nn.Module, tokens: Sequence[int] | torch.Tensor) -> 
             inv_freq = getattr(module, LAYER_MEMORY).inv_freq
             bases[module.layer_idx] = make_basis(query[0], key[0], schedule, inv_freq)
 
-    training = {module: module.training for module in base.modules()}
-    base.eval()
-    try:
-        with torch.no_grad(), reading(base, read):
-            base(input_ids=tokens[None], use_cache=False)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with reading(base, read):
+        base(input_ids=tokens[None], use_cache=False)
     set_bases(base, bases)
     return model
 

@@ -1,16 +1,3 @@
-# Copyright 2026 The longnet-transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """Cross-entropy over a vocabulary without the logits of a whole text: the loss and its gradients, chunk by chunk.
 
 The logits of 131,072 tokens over 50,257 words are 25 GiB in float32, and as much again for their gradient. Here each
@@ -23,7 +10,7 @@ Letters: M tokens, C hidden size, V words of the vocabulary.
 import torch
 from torch import nn
 
-from .transformers_compat import is_tracing
+from .transformers_compat import has_own_loss, is_tracing
 
 
 CHUNK_ELEMENTS = 2**23  # of a chunk's logits: 32 MiB in float32
@@ -103,4 +90,37 @@ def can_be_chunked(head: nn.Module, hidden_states: torch.Tensor) -> bool:
     )
 
 
-__all__ = ["can_be_chunked", "chunked_cross_entropy"]
+class LanguageModelHead:
+    """For models with an `lm_head`: what both kinds of language model make of the last hidden states."""
+
+    # Whether each token's target is the next one, as the loss that Transformers gives the class has it.
+    shifts_labels = True
+
+    def loss_and_logits(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, skip_logits: bool | None, **kwargs
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Loss and logits of hidden states [B, Q, C]; the logits are None where the loss did without them."""
+        shifted = kwargs.get("shift_labels") if self.shifts_labels else None
+        has_targets = labels is not None or shifted is not None
+        able = has_own_loss(self) and can_be_chunked(self.lm_head, hidden_states)
+        if skip_logits and has_targets and not able:
+            raise ValueError(
+                "`skip_logits=True` needs the model's own loss and a head that is its weight alone (no adapter, no "
+                f"shards), got {type(self.lm_head).__name__} and {self.loss_function}."
+            )
+        if not has_targets or not able or not (self.training if skip_logits is None else skip_logits):
+            logits = self.lm_head(hidden_states)
+            if labels is None:
+                return None, logits
+            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs), logits
+        ignore_index = kwargs.get("ignore_index", -100)
+        targets = labels if shifted is None else shifted
+        if shifted is None and self.shifts_labels:
+            targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        counted = {"num_items_in_batch": kwargs.get("num_items_in_batch"), "ignore_index": ignore_index}
+        return chunked_cross_entropy(
+            hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), **counted
+        ), None
+
+
+__all__ = ["LanguageModelHead", "can_be_chunked", "chunked_cross_entropy"]

@@ -14,23 +14,22 @@
 """LongNet model configuration"""
 
 import difflib
-import math
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring, logging
 
+from .dilated_config import DilatedConfigMixin
 from .dilation_schedule import DilationSchedule, as_plain
 from .transformers_compat import CACHE_NAMES, interval
+from .xpos_range import XposRangeMixin
 
 
 logger = logging.get_logger(__name__)
 
 POSITION_EMBEDDING_TYPES = ("xpos", "rope", "learned", "none")
 
-# Every head of one checkpoint folder, so that a saved causal LM also opens as AutoModel and the like.
 AUTO_MAP = {
     "AutoConfig": "configuration_longnet.LongNetConfig",
     "AutoModel": "modeling_longnet.LongNetModel",
@@ -41,23 +40,6 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_longnet.LongNetForQuestionAnswering",
 }
 
-# xPos multiplies queries by zeta ** (p / base) and keys by zeta ** (-p / base); the smallest zeta is 0.4 / 1.4.
-_XPOS_LOG_ZETA = math.log(1.4 / 0.4)
-# Natural logarithms of the largest numbers, less room for the features themselves. The product of a query with a key
-# that the causal mask hides afterwards has to be finite too.
-_XPOS_MAX_LOG_PRODUCT = math.log(3.4e38) - 8
-_XPOS_MAX_LOG_FLOAT16 = math.log(65504) - 4
-
-
-def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict) -> None:
-    """Refuses another model's configuration, of which Transformers warns before it makes up the weights at random."""
-    given = config_dict.get("model_type", config_class.model_type)
-    if given != config_class.model_type:
-        raise ValueError(
-            f"`model_type` must be {config_class.model_type!r} for a {config_class.__name__}, got {given!r}. A decoder "
-            "of another type gets dilated attention from `patch_model`."
-        )
-
 
 @auto_docstring(
     checkpoint="longnet-transformers/longnet-125m",
@@ -67,7 +49,7 @@ def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict) ->
     """,
 )
 @strict
-class LongNetConfig(PreTrainedConfig):
+class LongNetConfig(XposRangeMixin, DilatedConfigMixin, PreTrainedConfig):
     r"""
     segment_lengths (`list[int]`, *optional*, defaults to `[2048, 4096, 8192, 16384, 32768]`):
         w of each pattern of the dilated attention, in tokens, not decreasing.
@@ -87,8 +69,6 @@ class LongNetConfig(PreTrainedConfig):
     padding (`str`, *optional*, defaults to `"mask"`):
         `"zeros"` lets the zero keys with which torchscale fills incomplete segments take part in the softmax, as its
         published bidirectional checkpoints were trained.
-    local (`str`, *optional*, defaults to `"segment"`):
-        `"sliding"` replaces the first pattern by a causal sliding window of half its length, see [`DilationSchedule`].
     memory (`dict`, *optional*):
         Lets each query choose blocks of earlier tokens to see beside its schedule: settings of [`MemorySpec`], `{}` for
         the defaults. It wants `local="sliding"` and `overlap="once"`.
@@ -132,6 +112,7 @@ class LongNetConfig(PreTrainedConfig):
     ```"""
 
     model_type = "longnet"
+    class_auto_map = AUTO_MAP
     keys_to_ignore_at_inference = list(CACHE_NAMES)
     # The sub-LayerNorms need all heads and the whole inner width, so outputs are gathered before them.
     base_model_tp_plan = {
@@ -189,8 +170,7 @@ class LongNetConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.segment_lengths = list(self.segment_lengths)  # as JSON gives them back
-        self.dilation_rates = list(self.dilation_rates)
+        self.prepare(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()
@@ -200,7 +180,6 @@ class LongNetConfig(PreTrainedConfig):
         self.rope_parameters = as_plain("rope_parameters", self.rope_parameters)
         if "rope_scaling" in kwargs:
             kwargs["rope_scaling"] = as_plain("rope_scaling", kwargs["rope_scaling"])
-        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         rope_is_given = self.rope_parameters or kwargs.get("rope_scaling")
         super().__post_init__(**kwargs)
         if self.position_embedding_type not in ("xpos", "rope"):
@@ -213,11 +192,6 @@ class LongNetConfig(PreTrainedConfig):
         # Called here as well, so that these errors come as plain ValueErrors.
         self.validate_architecture()
 
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs) -> "LongNetConfig":
-        check_model_type(cls, config_dict)
-        return super().from_dict(config_dict, **kwargs)
-
     def _check_spelling(self, unknown: dict):
         """Transformers keeps arguments that it does not know; one that is nearly a field was meant to be that field."""
         for name in unknown:
@@ -226,17 +200,14 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is no field of LongNetConfig. Did you mean `{meant[0]}`?")
 
     def _check_sizes(self):
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*names, "num_key_value_heads", "max_position_embeddings", "xpos_scale_base"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
+        self.check_positive(
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "xpos_scale_base",
+        )  # fmt: skip
         if self.mlp_chunk_size is not None and self.mlp_chunk_size < 1:
             raise ValueError(f"`mlp_chunk_size` must be None or at least 1 token, got {self.mlp_chunk_size}.")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                "`hidden_size` must be a multiple of `num_attention_heads` when `head_dim` is not given, got "
-                f"{self.hidden_size} and {self.num_attention_heads}."
-            )
+        if self.head_dim is None:
+            self.check_head_width(" when `head_dim` is not given")
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: what the fields must satisfy together."""
@@ -248,13 +219,7 @@ class LongNetConfig(PreTrainedConfig):
                 "`num_attention_heads` must be a multiple of `num_key_value_heads`, got "
                 f"{self.num_attention_heads} and {self.num_key_value_heads}."
             )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be an activation that Transformers knows, got {self.hidden_act!r}.")
-        if not 0 < self.layer_norm_eps < math.inf:
-            raise ValueError(f"`layer_norm_eps` must be positive and finite, got {self.layer_norm_eps}.")
-        for name in ("attention_dropout", "hidden_dropout", "activation_dropout", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        self.check_layers()
         schedule = self.dilation_schedule  # raises for what is no schedule
         self._check_memory(schedule)
         if self.is_causal and self.dilation_rates[0] != 1:
@@ -307,48 +272,12 @@ class LongNetConfig(PreTrainedConfig):
                 f"{self.rope_parameters['partial_rotary_factor']}."
             )
         if kind == "xpos":
-            self._check_xpos_range()
-
-    def _check_xpos_range(self):
-        longest = _XPOS_MAX_LOG_PRODUCT * self.xpos_scale_base / _XPOS_LOG_ZETA
-        if self.xpos_range > longest:
-            needed = math.ceil(self.xpos_range * _XPOS_LOG_ZETA / _XPOS_MAX_LOG_PRODUCT)
-            name = "segment_lengths" if self.xpos_is_centred_per_segment else "max_position_embeddings"
-            raise ValueError(
-                f"`{name}`: xPos with `xpos_scale_base={self.xpos_scale_base}` can be represented in float32 over "
-                f"{int(longest)} tokens, got {self.xpos_range}. Use an `xpos_scale_base` of at least {needed}, or "
-                "`position_embedding_type='rope'`."
-            )
-        if not self.is_causal:
-            logger.warning_once(
-                "xPos makes keys after the query grow with their distance where those before it decay; it is meant for "
-                "causal models. Consider `position_embedding_type='rope'` for a bidirectional one."
-            )
-
-    @property
-    def dilation_schedule(self) -> DilationSchedule:
-        """The validated schedule that the attention follows."""
-        return DilationSchedule.from_config(self)
-
-    @property
-    def xpos_is_centred_per_segment(self) -> bool:
-        """Whether any two tokens that see each other lie in one segment of the largest length.
-
-        Then xPos counts from that segment's middle, and texts of any length can be represented.
-        """
-        largest = self.segment_lengths[-1]
-        is_plain = self.num_sink_tokens == 0 and self.local == "segment"
-        return is_plain and all(largest % length == 0 for length in self.segment_lengths)
-
-    @property
-    def xpos_range(self) -> int:
-        """Number of tokens over which the xPos exponent runs, centred."""
-        return self.segment_lengths[-1] if self.xpos_is_centred_per_segment else self.max_position_embeddings
-
-    @property
-    def xpos_fits_float16(self) -> bool:
-        """Whether queries and keys stay finite in float16 after xPos; if not, that attention is computed in float32."""
-        return self.xpos_range / 2 * _XPOS_LOG_ZETA / self.xpos_scale_base <= _XPOS_MAX_LOG_FLOAT16
+            self.check_xpos_range()
+            if not self.is_causal:
+                logger.warning_once(
+                    "xPos makes keys after the query grow with their distance where those before it decay; it is meant "
+                    "for causal models. Consider `position_embedding_type='rope'` for a bidirectional one."
+                )
 
     @classmethod
     def geometric(cls, base_segment_length: int, max_length: int, ratio: int = 2, **kwargs) -> "LongNetConfig":

@@ -16,12 +16,10 @@
 import math
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from .configuration_longnet import check_model_type
-from .dilation_schedule import DilationSchedule
+from .dilated_config import DilatedEncoderConfigMixin
 from .transformers_compat import interval
 
 
@@ -40,7 +38,7 @@ AUTO_MAP = {
     """,
 )
 @strict
-class LongNetSlideEncoderConfig(PreTrainedConfig):
+class LongNetSlideEncoderConfig(DilatedEncoderConfigMixin, PreTrainedConfig):
     r"""
     in_chans (`int`, *optional*, defaults to 1536):
         Width of the tile embeddings.
@@ -92,17 +90,7 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
     ```"""
 
     model_type = "longnet_slide_encoder"
-
-    # What the layers of LongNet ask for and no slide encoder varies; no fields, so not part of config.json.
-    is_causal = False
-    overlap = "count"
-    num_sink_tokens = 0
-    local = "segment"
-    position_embedding_type = "none"
-    scale_embedding = False
-    attention_bias = True
-    mlp_bias = True
-    mlp_chunk_size = None
+    class_auto_map = AUTO_MAP
 
     in_chans: int = 1536
     hidden_size: int = 768
@@ -132,19 +120,12 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
         self._check_sizes()
         if self.segment_lengths is None:
             self.segment_lengths = self._lengths_for_slide_size()
-        self.segment_lengths = list(self.segment_lengths)  # as JSON gives them back
-        self.dilation_rates = list(self.dilation_rates)
+        self.prepare(kwargs)
         if self.classifier_layers is not None:
             self.classifier_layers = list(self.classifier_layers)
-        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         super().__post_init__(**kwargs)
         # Called here as well, so that these errors come as plain ValueErrors.
         self.validate_architecture()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs) -> "LongNetSlideEncoderConfig":
-        check_model_type(cls, config_dict)
-        return super().from_dict(config_dict, **kwargs)
 
     def _lengths_for_slide_size(self) -> list[int]:
         """Five lengths in geometric progression up to a whole slide's tiles (gigapath/slide_encoder.py)."""
@@ -158,24 +139,15 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
         return [int(2 ** (10 + i * (top - 10) / 4)) for i in range(5)]
 
     def _check_sizes(self):
-        names = ("in_chans", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*names, "slide_ngrids", "tile_size", "max_wsi_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        self.check_positive(
+            "in_chans", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "slide_ngrids",
+            "tile_size", "max_wsi_size",
+        )  # fmt: skip
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: what the fields must satisfy together."""
         self._check_sizes()
-        for name in ("is_causal", "overlap", "num_sink_tokens", "local", "position_embedding_type"):
-            if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"`{name}` of a slide encoder is {getattr(type(self), name)!r}, got {getattr(self, name)!r}."
-                )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                "`hidden_size` must be a multiple of `num_attention_heads`, got "
-                f"{self.hidden_size} and {self.num_attention_heads}."
-            )
+        self.check_layers()
         if self.hidden_size % 4:
             raise ValueError(
                 "`hidden_size` must be a multiple of 4, for sines and cosines of rows and columns, got "
@@ -189,28 +161,6 @@ class LongNetSlideEncoderConfig(PreTrainedConfig):
                 f"`classifier_layers` must name layers from 0 to `num_hidden_layers={self.num_hidden_layers}`, got "
                 f"{layers}."
             )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be an activation that Transformers knows, got {self.hidden_act!r}.")
-        for name in ("layer_norm_eps", "pooler_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("attention_dropout", "hidden_dropout", "activation_dropout", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        _ = self.dilation_schedule  # raises for what is no schedule
-
-    @property
-    def dilation_schedule(self) -> DilationSchedule:
-        """The validated schedule that the attention follows."""
-        return DilationSchedule.from_config(self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
 
 
 __all__ = ["LongNetSlideEncoderConfig"]

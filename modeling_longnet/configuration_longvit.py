@@ -14,12 +14,10 @@
 """LongViT configuration"""
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from .configuration_longnet import check_model_type
-from .dilation_schedule import DilationSchedule
+from .dilated_config import DilatedEncoderConfigMixin
 from .transformers_compat import interval
 
 
@@ -39,7 +37,7 @@ AUTO_MAP = {
     """,
 )
 @strict
-class LongViTConfig(PreTrainedConfig):
+class LongViTConfig(DilatedEncoderConfigMixin, PreTrainedConfig):
     r"""
     image_size (`int`, *optional*, defaults to 1024):
         Side of the images in pixels; it fixes the number of learned positions. Images of other sizes are read with
@@ -81,17 +79,7 @@ class LongViTConfig(PreTrainedConfig):
     ```"""
 
     model_type = "longvit"
-
-    # What the layers of LongNet ask for and no LongViT varies; no fields, so not part of config.json.
-    is_causal = False
-    overlap = "count"
-    num_sink_tokens = 0
-    position_embedding_type = "none"
-    scale_embedding = False
-    attention_bias = True
-    mlp_bias = True
-    mlp_chunk_size = None
-    local = "segment"
+    class_auto_map = AUTO_MAP
 
     image_size: int = 1024
     patch_size: int = 32
@@ -116,58 +104,20 @@ class LongViTConfig(PreTrainedConfig):
     initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
 
     def __post_init__(self, **kwargs):
-        self.segment_lengths = list(self.segment_lengths)  # as JSON gives them back
-        self.dilation_rates = list(self.dilation_rates)
-        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        self.prepare(kwargs)
         super().__post_init__(**kwargs)
         # Called here as well, so that these errors come as plain ValueErrors.
         self.validate_architecture()
 
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs) -> "LongViTConfig":
-        check_model_type(cls, config_dict)
-        return super().from_dict(config_dict, **kwargs)
-
     def validate_architecture(self):
         """Part of `@strict`-powered validation: what the fields must satisfy together."""
-        for name in ("is_causal", "overlap", "num_sink_tokens", "local", "position_embedding_type"):
-            if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"`{name}` of a LongViT is {getattr(type(self), name)!r}, got {getattr(self, name)!r}."
-                )
-        for name in ("image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size",
-                     "num_hidden_layers", "num_attention_heads"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        self.check_positive(
+            "image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads",
+        )  # fmt: skip
+        self.check_layers()
         if self.image_size < self.patch_size:
             raise ValueError(f"`image_size` must be at least `patch_size={self.patch_size}`, got {self.image_size}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                "`hidden_size` must be a multiple of `num_attention_heads`, got "
-                f"{self.hidden_size} and {self.num_attention_heads}."
-            )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be an activation that Transformers knows, got {self.hidden_act!r}.")
-        for name in ("layer_norm_eps", "pooler_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("attention_dropout", "hidden_dropout", "activation_dropout", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        _ = self.dilation_schedule  # raises for what is no schedule
-
-    @property
-    def dilation_schedule(self) -> DilationSchedule:
-        """The validated schedule that the attention follows."""
-        return DilationSchedule.from_config(self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
 
 
 __all__ = ["LongViTConfig"]

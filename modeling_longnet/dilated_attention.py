@@ -1,5 +1,7 @@
 """Dilated attention: the public operator, its exact and lean forward and backward, and a drop-in layer.
 
+`dilated_attention` is longer than other functions by its arguments and what they mean.
+
 Letters: B batch, H query heads, G key/value heads (H % G == 0), N tokens of the keys, Q tokens of the queries, D head
 dimension, w segment length, r dilation rate.
 """
@@ -66,8 +68,8 @@ def _empty_out(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, query.new_empty(batch, num_heads, length, dtype=lse_dtype)
 
 
-def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads, pattern, flags, scale, backend):
-    schedule = _unpack(pattern, flags)
+def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads, schedule, scale, backend):
+    schedule = DilationSchedule.from_text(schedule)
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
     out, lse = _empty_out(query)
@@ -85,9 +87,9 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
 
 
 def _backward(
-    grad, query, key, value, out, lse, document_ids, offset_tensor, query_offset, heads, pattern, flags, scale, backend
+    grad, query, key, value, out, lse, document_ids, offset_tensor, query_offset, heads, schedule, scale, backend
 ):
-    schedule = _unpack(pattern, flags)
+    schedule = DilationSchedule.from_text(schedule)
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
@@ -101,21 +103,6 @@ def _backward(
     return tuple(g.to(query.dtype) for g in grads)
 
 
-def _pack(schedule: DilationSchedule) -> tuple[list[int], str]:
-    """A schedule as a list of integers and a string: all that a registered operator can take."""
-    flags = f"{schedule.head_offsets},{schedule.overlap},{schedule.padding},{schedule.local}"
-    numbers = [int(schedule.is_causal), schedule.num_sink_tokens]
-    return numbers + [*schedule.segment_lengths, *schedule.dilation_rates], flags
-
-
-def _unpack(pattern: list[int], flags: str) -> DilationSchedule:
-    (is_causal, sinks, *rest), (head_offsets, overlap, padding, local) = pattern, flags.split(",")
-    half = len(rest) // 2
-    return DilationSchedule(
-        tuple(rest[:half]), tuple(rest[half:]), bool(is_causal), head_offsets, overlap, sinks, padding, local
-    )
-
-
 def _heads(heads: list[int]) -> tuple[int, int | None]:
     return heads[0], heads[1] or None
 
@@ -124,8 +111,8 @@ def _heads(heads: list[int]) -> tuple[int, int | None]:
 # the Hub lives in a second module beside an installed package, and each registers its operators once.
 _NAMESPACE = "longnet_" + re.sub(r"\W", "_", __name__)
 _SETTINGS = (
-    "Tensor? document_ids, Tensor? offset_tensor, SymInt query_offset, int[] heads, int[] pattern, str flags, "
-    "float scale, str backend"
+    "Tensor? document_ids, Tensor? offset_tensor, SymInt query_offset, int[] heads, str schedule, float scale, "
+    "str backend"
 )
 _forward_op = torch.library.custom_op(
     f"{_NAMESPACE}::forward",
@@ -245,6 +232,63 @@ def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_
         )
 
 
+def scheduled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    schedule: DilationSchedule,
+    *,
+    scale: float | None = None,
+    inv_freq: torch.Tensor | None = None,
+    basis: MemoryBasis | None = None,
+    dropout: float = 0.0,
+    head_index_offset: int = 0,
+    total_num_heads: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    query_offset: int | torch.Tensor | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+    elsewhere: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """[`dilated_attention`] by a schedule that was made and checked before: what models call."""
+    query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
+    _check_types(
+        query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
+    )  # fmt: skip
+    query, key, value = as_autocast(query, key, value)
+    if query_offset is None:
+        query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
+    _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
+    backend = choose_backend(backend, query, dropout)
+    if backend != "eager":
+        refuse_tangents(backend, query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # the kernels hide by -inf before they scale
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
+    if schedule.memory is not None:
+        if elsewhere is not None:
+            raise ValueError("`memory` does not read keys that lie on other ranks: no sequence parallelism yet.")
+        out, lse = attend_documents(
+            query, key, value, schedule, find_runs(document_ids, *key.shape[:3:2]), int(query_offset), scale=scale,
+            backend=backend, head_index_offset=head_index_offset, total_num_heads=total_num_heads, inv_freq=inv_freq,
+            basis=basis, dropout=dropout,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    if elsewhere is not None:
+        settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
+        return elsewhere(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
+    if backend == "eager":
+        heads = (head_index_offset, total_num_heads)
+        out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
+    else:
+        offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
+        out, lse = _forward_op(
+            query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset,
+            [head_index_offset, total_num_heads or 0], schedule.to_text(), scale, backend,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
 def dilated_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -312,44 +356,11 @@ def dilated_attention(
         tuple(dilation_rates) if isinstance(dilation_rates, list) else dilation_rates,
         is_causal, head_offsets, overlap, num_sink_tokens, padding, local, memory,
     )  # fmt: skip
-    query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
-    _check_types(
-        query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
+    return scheduled_attention(
+        query, key, value, schedule, scale=scale, inv_freq=inv_freq, basis=basis, dropout=dropout,
+        head_index_offset=head_index_offset, total_num_heads=total_num_heads, document_ids=document_ids,
+        query_offset=query_offset, backend=backend, return_lse=return_lse, elsewhere=elsewhere,
     )  # fmt: skip
-    query, key, value = as_autocast(query, key, value)
-    if query_offset is None:
-        query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
-    _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
-    backend = choose_backend(backend, query, dropout)
-    if backend != "eager":
-        refuse_tangents(backend, query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # the kernels hide by -inf before they scale
-        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
-    if memory is not None:
-        if elsewhere is not None:
-            raise ValueError("`memory` does not read keys that lie on other ranks: no sequence parallelism yet.")
-        out, lse = attend_documents(
-            query, key, value, schedule, find_runs(document_ids, *key.shape[:3:2]), int(query_offset), scale=scale,
-            backend=backend, head_index_offset=head_index_offset, total_num_heads=total_num_heads, inv_freq=inv_freq,
-            basis=basis, dropout=dropout,
-        )  # fmt: skip
-        return (out, lse) if return_lse else out
-    if elsewhere is not None:
-        settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
-        return elsewhere(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
-    if backend == "eager":
-        heads = (head_index_offset, total_num_heads)
-        out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
-    else:
-        offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
-        numbers, flags = _pack(schedule)
-        heads = [head_index_offset, total_num_heads or 0]
-        out, lse = _forward_op(
-            query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset, heads,
-            numbers, flags, scale, backend,
-        )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
 class DilatedAttention(nn.Module):
@@ -394,7 +405,7 @@ class DilatedAttention(nn.Module):
             raise ValueError(f"`num_heads` must be a multiple of `num_key_value_heads`, got {given}.")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
-        self.schedule = DilationSchedule(tuple(segment_lengths), tuple(dilation_rates), is_causal, **options)
+        self.schedule = DilationSchedule(segment_lengths, dilation_rates, is_causal, **options)
         self.head_dim, self.dropout, self.backend = hidden_size // num_heads, dropout, backend
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
@@ -409,9 +420,9 @@ class DilatedAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = dilated_attention(
-            self.q_norm(query), self.k_norm(key), value, document_ids=document_ids, backend=self.backend,
-            dropout=self.dropout if self.training else 0.0, **self.schedule.as_arguments(),
+        out = scheduled_attention(
+            self.q_norm(query), self.k_norm(key), value, self.schedule, document_ids=document_ids,
+            backend=self.backend, dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -1,5 +1,7 @@
 """A cache for endless texts: it keeps the rows that dilated attention can still reach, in slots that are never more.
 
+The cache alone knows the time: how many tokens each row has had. `attend` tells its layers with each step.
+
 Letters: B batch, H query heads, G key/value heads, Q query tokens, S slots, D head dimension, w segment length,
 r dilation rate.
 """
@@ -11,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging
 
 from .dilated_cache_export import register_for_export
-from .dilated_cache_layer import ABORTED, Clock, DilatedLayer, dilated_layer_indices
+from .dilated_cache_layer import DilatedLayer, Step
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
 from .document_ids import Documents, find_documents, restore_order
@@ -29,6 +31,17 @@ from .transformers_compat import (
 logger = logging.get_logger(__name__)
 
 _ROOM_STEP = 64  # tokens
+ABORTED = (
+    "`cache`: a forward with this cache did not end (an error or an interruption): its layers disagree. Call "
+    "`reset()`, or load the state that was saved last."
+)
+
+
+def dilated_layer_indices(config) -> list[int]:
+    """The layers whose attention is dilated: all of a LongNet, the patched ones of a patched model."""
+    settings = getattr(config, "dilated_attention", None)
+    layers = range(config.num_hidden_layers)  # fewer than are patched while `generate` drafts with the first ones
+    return list(layers) if settings is None else [index for index in settings["layers"] if index in layers]
 
 
 def _keeps_states(layers: list, dilated: list[int]) -> bool:
@@ -52,6 +65,20 @@ def _padding_first(documents: Documents) -> Documents:
     return documents._replace(ids=ids.gather(1, order), order=order)
 
 
+def _check_padding(ids: torch.Tensor, has_waiting: torch.Tensor) -> None:
+    """Refuses what slots cannot hold: `ids` [B, Q]; `has_waiting` [B], rows of which tokens wait for a `crop`."""
+    if torch.compiler.is_compiling():
+        return
+    padding = ids < 0
+    if bool((padding[:, 1:] & ~padding[:, :-1]).any() or (padding[:, 0] & has_waiting).any()):
+        raise ValueError(
+            "`attention_mask`: a bounded cache takes padding only before the tokens (pad on the left), got padding "
+            "behind tokens."
+        )
+    if bool(((ids != ids.amax(1, keepdim=True)) & ~padding).any()):
+        raise ValueError("`position_ids`: a bounded cache holds one document per row, got several in one.")
+
+
 class DilatedCache(DynamicCache):
     """Keys and values for texts of any length in memory that does not grow with them, and exact.
 
@@ -72,11 +99,18 @@ class DilatedCache(DynamicCache):
         max_length: tokens to make room for at first; texts that grow longer make the cache grow, up to S. None for all
             of S at once: shapes are then static, and `generate` compiles decoding where it does so for a StaticCache.
 
+    Attributes:
+        positions: tokens of each row that are in the slots, int64 [B]; None before the first forward.
+        seen: all columns, padding included, int64 [].
+        waiting: columns that wait for a `crop` to be kept. pads: how many of them are padding on the left, int64 [B].
+        had_padding_behind: whether padding ever stood behind a row's tokens, so that `position_ids` may have lost count.
+        step: what the forward that runs needs, between its first and its last dilated layer.
+
     Raises:
         ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values.
     """
 
-    __slots__ = ("dilated_layers", "schedule")  # see `Clock`
+    __slots__ = ("dilated_layers", "rope", "schedule", "step")  # see `DilatedLayer`
 
     def __init__(self, config, max_length: int | None = None):
         if exporter_is_loaded():
@@ -96,18 +130,18 @@ class DilatedCache(DynamicCache):
                 f"`config`: the dilated layers of {type(config).__name__} keep recurrent states beside their keys, "
                 "which a bounded cache does not. Use DynamicCache(config=model.config)."
             )
-        self.clock = Clock(length_dependent_rope(config))
-        self.clock.schedule = self.schedule
+        self.rope, self.step = length_dependent_rope(config), None
+        self.positions = self.seen = self.pads = None
+        self.waiting, self.had_padding_behind = 0, False
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
         layers += [None] * (depth - len(layers))
         for index in dilated:
             schedule = self.schedule.of_layer(index)
             kind = DilatedLayer if schedule.memory is None else MemoryLayer
-            layers[index] = kind(schedule, self.clock, max_length, heads_per_key, index)
+            layers[index] = kind(schedule, max_length, heads_per_key, index)
         Cache.__init__(self, layers=layers)
-        self.dilated_layers = self.clock.layers = [layers[index] for index in dilated]
-        self.dilated_layers[0].is_first = self.dilated_layers[-1].is_last = True
+        self.dilated_layers = [layers[index] for index in dilated]
 
     @property
     def _plain_layers(self) -> list:
@@ -126,23 +160,23 @@ class DilatedCache(DynamicCache):
         Raises:
             ValueError: for masks of another shape, and for a new document where a row's text should go on.
         """
-        self.clock.check_batch(batch_size)
+        self._check_batch(batch_size)
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = self._new_columns(attention_mask, query_length)
         documents = find_documents(
             attention_mask, position_ids, batch_size=batch_size, query_length=query_length, query_offset=0,
             key_length=query_length, device=device,
         )  # fmt: skip
-        self.clock.check_positions(position_ids, documents.ids)
+        self.check_positions(position_ids, documents.ids)
         documents = _padding_first(documents)
-        self.clock.had_padding_behind |= documents.order is not None
-        if self.clock.positions is None:
+        self.had_padding_behind |= documents.order is not None
+        if self.positions is None:
             return documents
-        positions = documents.positions + self.clock.next_positions().to(device)[:, None]
+        positions = documents.positions + self._next_positions().to(device)[:, None]
         if documents.ids is not None:
             real = documents.ids if documents.order is None else restore_order(documents.ids, documents.order, 1)
             positions = positions.masked_fill(real < 0, 0)
-        is_split = torch.ones(1, 1, dtype=torch.bool, device=device) if self.clock.had_padding_behind else None
+        is_split = torch.ones(1, 1, dtype=torch.bool, device=device) if self.had_padding_behind else None
         return documents._replace(positions=positions, is_split=is_split)
 
     def _new_columns(self, attention_mask: torch.Tensor, query_length: int) -> torch.Tensor:
@@ -155,8 +189,84 @@ class DilatedCache(DynamicCache):
                 f"`attention_mask` must have shape {(len(attention_mask), self.get_seq_length() + query_length)}, the "
                 f"cached tokens included, got {tuple(attention_mask.shape)}."
             )
-        self.clock.check_earlier((attention_mask[:, :-query_length] != 0).sum(1))
+        self.check_earlier((attention_mask[:, :-query_length] != 0).sum(1))
         return attention_mask[:, -query_length:]
+
+    def _next_positions(self) -> torch.Tensor:
+        """Tokens that each row has had, [B]."""
+        return self.positions + self.waiting - self.pads
+
+    def _check_batch(self, batch: int) -> None:
+        if self.positions is not None and len(self.positions) != batch:
+            raise ValueError(f"`cache` holds {len(self.positions)} rows, got a batch of {batch}.")
+
+    def check_earlier(self, tokens: torch.Tensor) -> None:
+        """Refuses a mask that tells of other earlier tokens [B], padding left out, than those that were read."""
+        read = torch.zeros_like(tokens) if self.positions is None else self._next_positions().to(tokens.device)
+        if bool((tokens != read).any()):
+            raise ValueError(
+                f"`attention_mask` has {tokens.tolist()} earlier tokens in its rows, `cache` was given "
+                f"{read.tolist()}: a bounded cache cannot take back what a token was when it came. Use a DynamicCache, "
+                "or read the text anew."
+            )
+
+    def check_positions(self, position_ids: torch.Tensor | None, ids: torch.Tensor | None) -> None:
+        """Refuses tokens whose `position_ids` [B, Q] say that a new document begins where a row's text should go on."""
+        if position_ids is None or self.positions is None or torch.compiler.is_compiling():
+            return
+        if self.had_padding_behind:  # `generate` then counts on from the padding's position
+            return
+        restarts = position_ids < self._next_positions().to(position_ids.device)[:, None]
+        if bool((restarts if ids is None else restarts & (ids >= 0).all(1, keepdim=True)).any()):
+            raise ValueError(
+                "`position_ids` must go on where the row's text in `cache` ends: a bounded cache holds one "
+                "document per row. Call `reset()` before a new one."
+            )
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        *,
+        config,
+        scale: float,
+        dropout: float = 0.0,
+        backend: str | None = None,
+        head_index_offset: int = 0,
+        total_num_heads: int | None = None,
+    ) -> torch.Tensor:
+        """Attention of Q new tokens in one layer, whose rows are then kept as far as later ones can reach them.
+
+        The first dilated layer of a forward begins the step and the last one ends it.
+
+        Args:
+            query: [B, H, Q, D]. key, value: [B, G, Q, D].
+            ids: integers [B, Q], negative for padding, which lies before the tokens; the first layer reads it.
+            config: of the model that asks.
+
+        Returns:
+            [B, H, Q, D]; zeros for padding.
+
+        Raises:
+            ValueError: padding behind tokens, another batch size, another model, dropout, a cache that an aborted
+                forward left half written.
+        """
+        layer = self.layers[layer_idx]
+        if dropout > 0:
+            raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
+        is_first = layer is self.dilated_layers[0]
+        if is_first and not torch.compiler.is_compiling():
+            self._check_model(config)
+        query, key, value = layer.admit(query, key, value, backend, head_index_offset, total_num_heads)
+        if is_first:
+            self._begin(query, ids)
+        out = layer.attend(self.step, query, key, value, scale, backend)
+        if layer is self.dilated_layers[-1]:
+            self._end(layer.record_past)
+        return out
 
     def attention_forward(
         self,
@@ -175,23 +285,109 @@ class DilatedCache(DynamicCache):
 
         `attention_mask` are the ids [B, Q] of the new tokens alone, negative for padding, or None.
         """
-        if dropout > 0:
-            raise ValueError(f"`attention_dropout` must be 0 with a bounded cache, got {dropout}.")
         if kwargs.get("output_attentions"):
             logger.warning_once(
                 "`output_attentions=True` gives none with a bounded cache, which has forgotten what the weights of "
                 "earlier tokens would belong to: pass `cache=DynamicCache(config=model.config)`."
             )
-        if module.layer_idx == 0 and not torch.compiler.is_compiling():
-            self.clock.check_model(module.config)
         total = module.config.num_attention_heads
         if total_num_heads is None and query.shape[1] != total:
             raise ValueError(f"a bounded cache must know which of {total} heads these are, got {query.shape[1]}.")
-        out = self.layers[module.layer_idx].attend(
-            query, key, value, attention_mask, scale=scaling, backend=attention_of(module.config),
-            head_index_offset=head_index_offset, total_num_heads=total_num_heads,
+        out = self.attend(
+            module.layer_idx, query, key, value, attention_mask, config=module.config, scale=scaling, dropout=dropout,
+            backend=attention_of(module.config), head_index_offset=head_index_offset, total_num_heads=total_num_heads,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """For models that know no other method: marks a dilated layer's keys, so that a patched attention finds both."""
+        key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(self.layers[layer_idx], DilatedLayer):
+            key_states.dilated_cache, key_states.cache_layer = self, layer_idx
+        return key_states, value_states
+
+    def keep_time(self, positions: torch.Tensor, seen: torch.Tensor, pads: torch.Tensor) -> None:
+        """Counts on from here, in these very tensors."""
+        self.positions, self.seen, self.pads = positions, seen, pads
+        for layer in self.dilated_layers:
+            layer.seen = seen
+
+    def start(self, batch: int, device: torch.device) -> None:
+        """Begins to count, if it has not begun."""
+        if self.positions is not None:
+            return
+        shapes = (batch,), (), (batch,)
+        self.keep_time(*(torch.zeros(shape, dtype=torch.long, device=device) for shape in shapes))
+        if not torch.compiler.is_compiling():
+            for tensor in (self.positions, self.seen, self.pads):
+                torch._dynamo.mark_static_address(tensor)
+
+    def early_initialization(self, batch_size: int, num_heads, head_dim, dtype, device) -> None:
+        super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
+        self.start(batch_size, device)
+
+    def _begin(self, query: torch.Tensor, ids: torch.Tensor | None) -> None:
+        """The step of a forward with Q new columns, of which `ids` [B, Q] < 0 are padding."""
+        if self.step is not None:
+            raise ValueError(ABORTED)
+        batch, query_length = len(query), query.shape[2]
+        self._check_batch(batch)
+        self.start(batch, query.device)
+        self._make_room(query_length)
+        first = self._next_positions()
+        if ids is None:
+            new_pads = torch.zeros_like(first)
+        else:
+            _check_padding(ids, self.waiting > self.pads)
+            new_pads = (ids < 0).sum(-1)
+        if self.rope is not None:
+            self._check_frequencies(first, first + query_length - new_pads)
+        pads = self.pads + new_pads
+        self.step = Step(query_length, self.positions, self.waiting, first, new_pads, pads, ids is not None)
+
+    def _end(self, recording: bool) -> None:
+        step, self.step = self.step, None
+        self.seen.add_(step.query_length)
+        if recording:
+            self.waiting += step.query_length
+            self.pads.copy_(step.pads)
+        else:
+            self.positions.add_(self.waiting + step.query_length - step.pads)
+            self.pads.zero_()
+            self.waiting = 0
+
+    def _make_room(self, query_length: int) -> None:
+        """Lets a cache that was made with `max_length` grow before `query_length` more tokens come."""
+        bound = self.dilated_layers[0].max_length
+        if bound is None or torch.compiler.is_compiling():
+            return
+        needed = int(self.seen) + query_length
+        if needed > bound:
+            for layer in self.dilated_layers:
+                layer.grow(max(needed, 2 * bound))
+
+    def _check_frequencies(self, first: torch.Tensor, last: torch.Tensor) -> None:
+        """Refuses a forward from position `first` to `last` [B] that rotates otherwise than those before it did."""
+        kind, limit = self.rope
+        if torch.compiler.is_compiling():
+            raise ValueError(f"a bounded cache does not compile with rope_type {kind!r}: its frequencies must be seen.")
+        start, stop = int(first.max()), int(last.max())
+        if start > 0 and changes_frequencies(self.rope, start, stop):
+            raise ValueError(
+                f"`cache` holds {start} tokens, and with rope_type {kind!r} texts of more than {limit}, such as the "
+                f"{stop} with these, have other frequencies: the result would depend on how the text is cut. Read "
+                "it in one forward, or patch with a rope_scaling that does not depend on the length (yarn)."
+            )
+
+    def _check_model(self, config) -> None:
+        """Refuses a model of another schedule, or with other dilated layers, than this cache was made for."""
+        made_for = self.schedule, [layer.layer_idx for layer in self.dilated_layers]
+        given = DilationSchedule.from_config(config), dilated_layer_indices(config)
+        if made_for != given:
+            raise ValueError(
+                f"`cache` was made for another model, of {made_for[0]} in the layers {made_for[1]}; this one "
+                f"has {given[0]} in the layers {given[1]}."
+            )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         layer = self.layers[layer_idx]
@@ -213,31 +409,31 @@ class DilatedCache(DynamicCache):
         Raises:
             ValueError: more tokens than were recorded since the last `crop`; a positive number.
         """
-        removed, clock = -int(tokens_to_remove), self.clock
+        removed = -int(tokens_to_remove)
         if removed < 0:
             raise ValueError(f"`tokens_to_remove` must be negative, the tokens to forget, got {tokens_to_remove}.")
-        if removed > clock.waiting:
+        if removed > self.waiting:
             raise ValueError(
                 f"`tokens_to_remove`: a bounded cache can forget the tokens recorded since the last `crop`, "
-                f"{clock.waiting}, got {tokens_to_remove}. Call `activate_past_recording()` before the tokens that may "
+                f"{self.waiting}, got {tokens_to_remove}. Call `activate_past_recording()` before the tokens that may "
                 "have to go."
             )
-        kept = clock.waiting - removed
+        kept = self.waiting - removed
         for layer in self.dilated_layers:
-            layer.keep_recorded(kept)
+            layer.keep_recorded(kept, self.positions, self.pads)
         for layer in self._plain_layers:
             layer.crop(-removed)
-        if clock.positions is not None:
-            clock.positions.add_(kept - clock.pads.clamp(max=kept))
-            clock.seen.sub_(removed)
-            clock.pads.zero_()
-        clock.waiting = 0
+        if self.positions is not None:
+            self.positions.add_(kept - self.pads.clamp(max=kept))
+            self.seen.sub_(removed)
+            self.pads.zero_()
+        self.waiting = 0
 
     def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.dilated_layers:
             layer.map_batch(function)
-        if self.clock.positions is not None:
-            self.clock.positions, self.clock.pads = function(self.clock.positions), function(self.clock.pads)
+        if self.positions is not None:
+            self.positions, self.pads = function(self.positions), function(self.pads)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -259,10 +455,9 @@ class DilatedCache(DynamicCache):
             if isinstance(layer, CacheLayerMixin):  # Transformers 5.17 would keep as many rows of zeros
                 layer.keys, layer.values, layer.is_initialized = None, None, False
         super().reset()
-        clock = self.clock
-        clock.step, clock.waiting, clock.had_padding_behind = None, 0, False
-        if clock.positions is not None:
-            for tensor in (clock.positions, clock.pads, clock.seen):
+        self.step, self.waiting, self.had_padding_behind = None, 0, False
+        if self.positions is not None:
+            for tensor in (self.positions, self.pads, self.seen):
                 tensor.zero_()
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:

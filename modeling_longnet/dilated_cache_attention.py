@@ -1,4 +1,4 @@
-"""Attention over a bounded cache: one query against all slots, or a chunk of queries against slots and itself.
+"""Attention of a chunk of queries over a bounded cache: against the slots, and the chunk itself.
 
 Letters: B batch, H query heads, G key/value heads, Q query tokens, P tokens that are not in the slots yet (the queries
 are the last of them), S slots, D head dimension.
@@ -16,20 +16,6 @@ from .dilated_attention import dilated_attention
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule
 from .visible_attention import attend_visible
-
-
-def attend_slots(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """One masked attention: query [B, H, 1, D], key and value [B, G, S, D], bias [B, H, S] -> [B, H, 1, D].
-
-    The query heads of a key/value head stand as its queries, so no key is repeated.
-    """
-    groups = (key.shape[1], -1)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query.squeeze(2).unflatten(1, groups), key, value, attn_mask=bias.unflatten(1, groups), scale=scale
-    )
-    return out.flatten(1, 2).unsqueeze(2)
 
 
 def _same_phase(schedule: DilationSchedule, start: int) -> int:

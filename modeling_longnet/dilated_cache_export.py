@@ -1,7 +1,7 @@
 """A bounded cache as input and output of an exported program (`torch.export`): its tensors, and what tells them apart.
 
-Transformers' exporters take any cache apart attribute by attribute, as a tree. The layers of a bounded cache share one
-clock, which would come back as one of each layer's own.
+Transformers' exporters take any cache apart attribute by attribute, as a tree. The layers of a bounded cache share a
+tensor with it, which would come back as one of each layer's own.
 """
 
 import torch
@@ -13,30 +13,30 @@ from .dilated_cache_layout import SlotLayout
 
 
 # Exporters before 5.20 count tensors by walking through `__dict__`s: the order is the one in which they come there.
-CLOCK = ("positions", "seen", "pads")
+TIMES = ("positions", "seen", "pads")
 
 
 def _flatten(cache) -> tuple[list[torch.Tensor], dict]:
-    clock, layers = cache.clock, cache.dilated_layers
+    layers = cache.dilated_layers
     if any(type(layer) is not DilatedLayer for layer in cache.layers):
         raise ValueError("`cache` has layers that are not bounded: it cannot be part of an exported program.")
-    if clock.step is not None or clock.waiting or layers[0].record_past:
+    if cache.step is not None or cache.waiting or layers[0].record_past:
         raise ValueError("`cache` waits for a `crop`, or for the end of a forward: it cannot be exported now.")
-    if clock.rope is not None:
-        raise ValueError(f"`cache` of a model with rope_type {clock.rope[0]!r} cannot be part of an exported program.")
+    if cache.rope is not None:
+        raise ValueError(f"`cache` of a model with rope_type {cache.rope[0]!r} cannot be part of an exported program.")
     context = {
         "layers": len(layers),
-        "schedule": {name: list(x) if isinstance(x, tuple) else x for name, x in cache.schedule.as_arguments().items()},
+        "schedule": cache.schedule.as_arguments(),
         "heads_per_key": layers[0].heads_per_key,
         "max_length": layers[0].max_length,
-        "had_padding_behind": bool(clock.had_padding_behind),
+        "had_padding_behind": bool(cache.had_padding_behind),
         "heads": None,
     }
-    if clock.positions is None:
+    if cache.positions is None:
         return [], context
     layout = layers[0].layout
     context["heads"] = [layout.num_heads, layout.num_kv_heads, layout.head_index_offset, layout.total_num_heads]
-    return [getattr(clock, name) for name in CLOCK] + [x for y in layers for x in (y.keys, y.values)], context
+    return [getattr(cache, name) for name in TIMES] + [x for y in layers for x in (y.keys, y.values)], context
 
 
 def _flatten_with_keys(cache):
@@ -53,11 +53,10 @@ def _maker(kind: type):
             hidden_size=2 * heads, **context["schedule"],
         )  # fmt: skip
         cache = kind(config, max_length=context["max_length"])
-        cache.clock.had_padding_behind = context["had_padding_behind"]
+        cache.had_padding_behind = context["had_padding_behind"]
         if not tensors:
             return cache
-        for name in CLOCK:
-            setattr(cache.clock, name, tensors.pop(0))
+        cache.keep_time(*(tensors.pop(0) for _ in TIMES))
         for layer in cache.dilated_layers:
             keys, values = tensors.pop(0), tensors.pop(0)
             if isinstance(keys, torch.Tensor):  # `torch.export` also asks for caches of numbers

@@ -45,14 +45,14 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
         ValueError: a cache that is empty, that an aborted forward left half written, of which tokens wait for a `crop`,
             or with layers whose cache is not bounded.
     """
-    clock, layers = cache.clock, cache.dilated_layers
-    if clock.positions is None:
+    layers = cache.dilated_layers
+    if cache.positions is None:
         raise ValueError("`cache` must have seen a token before it can be saved.")
-    if clock.step is not None or clock.waiting:
+    if cache.step is not None or cache.waiting:
         raise ValueError("`cache` is in the middle of a forward, or waits for a `crop`: it cannot be saved now.")
     if len(layers) < len(cache.layers) or any(_first_head(layer) for layer in layers):
         raise ValueError("`cache` has layers that are not bounded, or only some of the heads: it cannot be saved.")
-    tensors = {"positions": clock.positions, "seen": clock.seen}
+    tensors = {"positions": cache.positions, "seen": cache.seen}
     tensors |= {f"extra.{name}": value for name, value in extra.items()}
     for index, layer in enumerate(layers):
         tensors |= {f"{name}.{index}": value for name, value in layer.stored().items()}
@@ -105,8 +105,9 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[DilatedCache, 
             layer.restore(stored)
         except ValueError as error:
             raise ValueError(f"{path}: layer {index} {error}.") from error
-    cache.clock.positions.copy_(tensors["positions"])
-    cache.clock.seen.copy_(tensors["seen"])
+    cache.start(len(tensors["positions"]), cache.dilated_layers[0].device)
+    cache.positions.copy_(tensors["positions"])
+    cache.seen.copy_(tensors["seen"])
     extra = {name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")}
     return cache, extra
 

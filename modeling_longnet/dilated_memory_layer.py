@@ -39,8 +39,6 @@ class MemoryLayer(DilatedLayer):
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
         self.head_index_offset, self.total_num_heads = head_index_offset, total_num_heads
         self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[-1]) for x in (key_states, value_states))
-        if self.clock.positions is None:
-            self.clock.start(batch, key_states.device)
         self.is_initialized = True
 
     def grow(self, max_length: int) -> None:
@@ -131,7 +129,7 @@ class MemoryLayer(DilatedLayer):
         index[row, :, begin : begin + new.shape[2]] = new
         return index
 
-    def keep_recorded(self, columns: int) -> None:
+    def keep_recorded(self, columns: int, origins: torch.Tensor, pads: torch.Tensor) -> None:
         """Nothing waits: what is forgotten is overwritten by what comes next."""
 
     def stored(self) -> dict[str, torch.Tensor]:

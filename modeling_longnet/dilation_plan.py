@@ -174,7 +174,7 @@ class _Planner:
         rate = self.schedule.dilation_rates[pattern]
         if self.schedule.overlap == "count":
             return rate, []
-        earlier = [(*self.schedule.patterns[i], offsets[i]) for i in range(bool(self.schedule.window), pattern)]
+        earlier = [(w, r, offsets[i]) for i, w, r in self.schedule.dilated_patterns if i < pattern]
         return math.lcm(rate, *(r for _, r, _ in earlier)), earlier
 
     def _segment_regions(self, pattern, start, offset, step, earlier) -> Iterator[Region]:

@@ -7,6 +7,7 @@ D head dimension, w segment length, r dilation rate, s offset of a head, i patte
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from .memory_spec import MemorySpec
 from .transformers_compat import text_config_of
@@ -176,30 +177,47 @@ class DilationSchedule:
         Raises:
             ValueError: a configuration without a schedule.
         """
-        config = text_config_of(config)
+        if not hasattr(config, "dilated_attention") and not hasattr(config, "segment_lengths"):
+            config = text_config_of(config)
         settings = getattr(config, "dilated_attention", None)
         if settings is None:
-            settings = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+            settings = {name: getattr(config, name) for name in _FIELDS if hasattr(config, name)}
         if "segment_lengths" not in settings:
             raise ValueError(
                 "`config` must be that of a LongNet or of a patched model, got "
                 f"{type(config).__name__} without a schedule."
             )
-        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
+        return cls(**{name: settings[name] for name in _FIELDS if name in settings})
+
+    def to_text(self) -> str:
+        """The schedule without its memory, as registered operators take it, which take no Python objects."""
+        lists = (",".join([str(x) for x in values]) for values in (self.segment_lengths, self.dilation_rates))
+        flags = (self.head_offsets, self.overlap, self.padding, self.local)
+        return ";".join([*lists, str(int(self.is_causal)), str(self.num_sink_tokens), *flags])
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def from_text(text: str) -> "DilationSchedule":
+        """What `to_text` wrote."""
+        lengths, rates, is_causal, sinks, head_offsets, overlap, padding, local = text.split(";")
+        lengths, rates = ([int(x) for x in values.split(",")] for values in (lengths, rates))
+        return DilationSchedule(lengths, rates, is_causal == "1", head_offsets, overlap, int(sinks), padding, local)
 
     @property
     def patterns(self) -> tuple[tuple[int, int], ...]:
         """The pairs (w_i, r_i)."""
         return tuple(zip(self.segment_lengths, self.dilation_rates))
 
+    @property
+    def dilated_patterns(self) -> tuple[tuple[int, int, int], ...]:
+        """(i, w_i, r_i) of all patterns but the one that a sliding window replaces."""
+        return tuple((i, w, r) for i, (w, r) in enumerate(self.patterns) if i or not self.window)
+
     def as_arguments(self) -> dict:
-        """The keyword arguments of `dilated_attention` that say the same."""
-        arguments = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.memory is None:
-            del arguments["memory"]
-        else:
-            arguments["memory"] = self.memory.to_dict()
-        return arguments
+        """The keyword arguments of `dilated_attention` that say the same, as JSON holds them."""
+        arguments = {name: getattr(self, name) for name in _FIELDS if name != "memory" or self.memory is not None}
+        arguments |= {"segment_lengths": [*self.segment_lengths], "dilation_rates": [*self.dilation_rates]}
+        return arguments if self.memory is None else arguments | {"memory": self.memory.to_dict()}
 
     def of_layer(self, layer_idx: int) -> "DilationSchedule":
         """The schedule of a layer: this one, or without its memory where the layer has none."""
@@ -235,3 +253,6 @@ class DilationSchedule:
     def selects_every_query(self) -> bool:
         """Whether each query sees at least itself, whatever its position and head."""
         return self.dilation_rates[0] == 1 or self.num_sink_tokens > 0
+
+
+_FIELDS = tuple(field.name for field in fields(DilationSchedule))

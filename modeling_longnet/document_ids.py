@@ -85,8 +85,9 @@ def _is_encoded(attention_mask: torch.Tensor) -> bool:
 
 
 def _check_attention_mask(
-    attention_mask: torch.Tensor, batch_size: int, query_length: int, length: int, key_length: int
+    attention_mask: torch.Tensor, batch_size: int, query_length: int, query_offset: int | torch.Tensor, key_length: int
 ) -> None:
+    length = query_offset + query_length if isinstance(query_offset, int) else query_length
     encoded = ((batch_size, 1, 1, key_length), (batch_size, 1, query_length, key_length))
     if attention_mask.shape in encoded and _is_encoded(attention_mask):
         return
@@ -173,6 +174,11 @@ def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Te
     return begins & real
 
 
+def padding_to_front(real: torch.Tensor) -> torch.Tensor:
+    """The order [B, N] that moves what is not `real` [B, N] before the tokens, which keep their own order."""
+    return real.to(torch.uint8).argsort(dim=1, stable=True)
+
+
 def _side_by_side_order(
     ids: torch.Tensor, query_length: int, query_offset: int | torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -186,7 +192,7 @@ def _side_by_side_order(
     is_whole = query_length == ids.shape[1]
     if is_tracing(ids):
         # The values cannot be asked for. Reordering does no harm; with a cache the tokens must lie side by side.
-        return real.to(torch.uint8).argsort(dim=1, stable=True) if is_whole else None, None
+        return padding_to_front(real) if is_whole else None, None
     if not split.any():
         return None, None
     # Padding before the new tokens may be moved away from among them: what its queries then give is nobody's.
@@ -195,7 +201,7 @@ def _side_by_side_order(
             "`attention_mask` has padding between the tokens of a row, which a static cache or a padded continuation "
             "cannot put aside. Pad on the left instead."
         )
-    return real.to(torch.uint8).argsort(dim=1, stable=True), split[:, : int(query_offset)].any(1, keepdim=True)
+    return padding_to_front(real), split[:, : int(query_offset)].any(1, keepdim=True)
 
 
 def encode_documents(documents: Documents) -> torch.Tensor | None:
@@ -223,6 +229,23 @@ def _read_ids(attention_mask: torch.Tensor, slots: torch.Tensor) -> Documents:
     ids, order = code >> 32, (code & (2 * _FIRST - 1)) - _FIRST
     is_split = (order != torch.arange(order.shape[1], device=order.device)).any(1, keepdim=True)
     return Documents(ids, order, _positions(ids)[:, slots], is_split)
+
+
+def _first_key(position_ids: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Index of the key at which each row's first document begins by its `position_ids`, [B, 1]; all else is [B, Q]."""
+    at = real.int().argmax(1, keepdim=True)  # a row may begin with padding, which has no place
+    return (slots[at] - position_ids.gather(1, at)).clamp(min=0)
+
+
+def _real_keys(
+    attention_mask: torch.Tensor | None, batch_size: int, key_length: int, device: torch.device
+) -> torch.Tensor:
+    """Which keys are no padding, bool [B, N]."""
+    if attention_mask is None:
+        return torch.ones(batch_size, key_length, dtype=torch.bool, device=device)
+    # What a static cache has not filled yet looks like the last token; causality hides it.
+    unfilled = attention_mask[:, -1:].expand(-1, key_length - attention_mask.shape[1])
+    return torch.cat([attention_mask, unfilled], dim=1).to(device).bool()
 
 
 def find_documents(
@@ -256,28 +279,21 @@ def find_documents(
     """
     check_position_ids(position_ids, batch_size, query_length)
     slots = query_offset + torch.arange(query_length, device=device)
-    length = query_offset + query_length if isinstance(query_offset, int) else query_length
     if attention_mask is not None:
-        _check_attention_mask(attention_mask, batch_size, query_length, length, key_length)
+        _check_attention_mask(attention_mask, batch_size, query_length, query_offset, key_length)
         if attention_mask.dim() == 4:
             return _read_ids(attention_mask, slots)
     elif position_ids is None:
         return Documents(None, None, slots[None])
 
-    shape = (batch_size, key_length)
-    real = torch.ones(shape, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        # What a static cache has not filled yet looks like the last token; causality hides it.
-        unfilled = attention_mask[:, -1:].expand(-1, key_length - attention_mask.shape[1])
-        real = torch.cat([attention_mask, unfilled], dim=1).to(device).bool()
-    begins = torch.zeros(shape, dtype=torch.bool, device=device)
+    real = _real_keys(attention_mask, batch_size, key_length, device)
+    begins = torch.zeros_like(real)
     first = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # index at which the queries' documents begin
     if position_ids is not None:
-        position_ids = position_ids.expand(batch_size, -1)
-        begins_of_queries = _document_begins(position_ids, real[:, slots])
+        position_ids, real_queries = position_ids.expand(batch_size, -1), real[:, slots]
+        begins_of_queries = _document_begins(position_ids, real_queries)
         if not isinstance(query_offset, int) or query_offset > 0:
-            at = real[:, slots].int().argmax(1, keepdim=True)  # a row may begin with padding, which has no place
-            first = (slots[at] - position_ids.gather(1, at)).clamp(min=0)
+            first = _first_key(position_ids, real_queries, slots)
         if attention_mask is None and not is_tracing(first) and not (begins_of_queries.any() or first.any()):
             return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
         begins = begins.index_copy(1, slots, begins_of_queries)
@@ -285,15 +301,33 @@ def find_documents(
     order, is_split = _side_by_side_order(ids, query_length, query_offset)
     if order is not None:
         ids = ids.gather(1, order)
-    if is_split is not None:  # their positions tell no beginning
-        first = first.masked_fill(is_split, 0)
+    first = first if is_split is None else first.masked_fill(is_split, 0)  # their positions tell no beginning
     ids = torch.where(torch.arange(key_length, device=device) >= first, ids, -1)
     if not is_tracing(ids) and not ids.any():
         return Documents(None, None, slots[None])
-    positions = _positions(ids)
-    if order is not None and query_length == key_length:
-        positions = restore_order(positions, order, dim=1)
+    is_moved = order is not None and query_length == key_length
+    positions = restore_order(_positions(ids), order, dim=1) if is_moved else _positions(ids)
     return Documents(ids, order, positions[:, slots], is_split)
+
+
+def read_documents(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    batch_size: int,
+    query_length: int,
+    device: torch.device,
+    is_causal: bool = True,
+) -> tuple[int | torch.Tensor, Documents]:
+    """Index of the first query among the keys that the attention will be given, and the documents of those keys."""
+    # CODEPATH: a bounded cache has forgotten the earlier keys, and knows where each row's text goes on.
+    if hasattr(cache, "read_documents"):
+        return 0, cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
+    query_offset, key_length = query_extent(cache, query_length, device, is_causal)
+    extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
+    if holds_pairs(attention_mask):
+        return query_offset, find_pairs(attention_mask, position_ids, **extent)
+    return query_offset, find_documents(attention_mask, position_ids, query_offset=query_offset, **extent)
 
 
 def _positions(document_ids: torch.Tensor) -> torch.Tensor:

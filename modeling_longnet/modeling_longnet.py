@@ -17,49 +17,33 @@ Letters: B batch, H query heads, G key/value heads, Q tokens of the queries, N t
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 
-from .attention_functions import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
-from .chunked_loss import can_be_chunked, chunked_cross_entropy
+from .chunked_loss import LanguageModelHead
 from .configuration_longnet import AUTO_MAP, LongNetConfig
-from .dilated_cache import DilatedCache, prepare_dilated_cache
-from .document_ids import (
-    Documents,
-    encode_documents,
-    find_documents,
-    find_pairs,
-    holds_pairs,
-    query_extent,
-    reorder,
-    restore_order,
-    without_gradient_of_padding,
-)
-from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding, apply_rotary_pos_emb, apply_xpos
+from .dilated_cache import prepare_dilated_cache
+from .document_ids import encode_documents, read_documents, without_gradient_of_padding
+from .longnet_layers import ALL_ATTENTION_FUNCTIONS, LongNetAttention, LongNetDecoderLayer
+from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding
 from .transformers_compat import (
     CACHE,
     CACHE_NAMES,
     CheckedGenerationMixin,
     accept_cache,
-    attention_of,
     capture_outputs,
-    has_own_loss,
     is_tracing,
     merge_with_config_defaults,
     named_cache,
@@ -69,186 +53,6 @@ from .transformers_compat import (
 
 
 logger = logging.get_logger(__name__)
-
-
-def read_documents(
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache: Cache | None,
-    batch_size: int,
-    query_length: int,
-    device: torch.device,
-    is_causal: bool = True,
-) -> tuple[int | torch.Tensor, Documents]:
-    """Index of the first query among the keys that the attention will be given, and the documents of those keys."""
-    if isinstance(cache, DilatedCache):
-        return 0, cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
-    query_offset, key_length = query_extent(cache, query_length, device, is_causal)
-    extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
-    if holds_pairs(attention_mask):
-        return query_offset, find_pairs(attention_mask, position_ids, **extent)
-    return query_offset, find_documents(attention_mask, position_ids, query_offset=query_offset, **extent)
-
-
-def mark_magneto_gains(config: LongNetConfig, linears: dict[nn.Linear, bool]) -> None:
-    """Tells `_init_weights` MAGNETO's gain of each layer: sqrt(log(2 L)) for those marked True, 1 for the others.
-
-    It stands on the linear layers themselves, because Transformers initialises no containers in code from the Hub.
-
-    Source: https://arxiv.org/abs/2210.06423, figure 2, for models that are a decoder or an encoder alone.
-    """
-    # CODEPATH: models without sub-LayerNorm start from `initializer_range`.
-    if config.sub_layernorm:
-        for linear, is_scaled in linears.items():
-            linear.magneto_gain = math.sqrt(math.log(2 * config.num_hidden_layers)) if is_scaled else 1.0
-
-
-class LongNetAttention(nn.Module):
-    """Dilated multi-head attention with MAGNETO's LayerNorm over the concatenated heads."""
-
-    def __init__(self, config: LongNetConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = config.is_causal
-        self.fits_float16 = config.position_embedding_type != "xpos" or config.xpos_fits_float16
-        # CODEPATH: xPos is the paper's; the other types never hand over its third table.
-        self.apply_positions = apply_xpos if config.position_embedding_type == "xpos" else apply_rotary_pos_emb
-
-        query_width = config.num_attention_heads * self.head_dim
-        key_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
-        self.inner_attn_ln = nn.Identity()
-        # CODEPATH: torchscale checkpoints trained with subln=False have none.
-        if config.sub_layernorm:
-            self.inner_attn_ln = nn.LayerNorm(query_width, eps=config.layer_norm_eps)
-        mark_magneto_gains(config, {self.q_proj: False, self.k_proj: False, self.v_proj: True, self.o_proj: True})
-
-    @accept_cache
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, ...] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        token_order: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        output_dtype = value_states.dtype
-        if output_dtype == torch.float16 and not self.fits_float16:
-            query_states, key_states, value_states = query_states.float(), key_states.float(), value_states.float()
-
-        if position_embeddings is not None:
-            query_states, key_states = self.apply_positions(query_states, key_states, *position_embeddings)
-        is_bounded = isinstance(cache, DilatedCache)
-        if cache is not None and not is_bounded:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
-        is_whole = query_states.shape[2] == key_states.shape[2]
-        if token_order is not None:
-            key_states, value_states = (reorder(x, token_order, dim=2) for x in (key_states, value_states))
-            query_states = reorder(query_states, token_order, dim=2) if is_whole else query_states
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention_of(self.config), eager_attention_forward
-        )
-        # CODEPATH: a bounded cache keeps only the rows that its own attention can still reach.
-        if is_bounded:
-            attention_interface = cache.attention_forward
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=0.0 if not self.training else self.attention_dropout,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        if token_order is not None:
-            attn_output = restore_order(attn_output, token_order, dim=1) if is_whole else attn_output
-            if attn_weights is not None:
-                attn_weights = restore_order(attn_weights, token_order, dim=3)
-                attn_weights = restore_order(attn_weights, token_order, dim=2) if is_whole else attn_weights
-        attn_output = self.inner_attn_ln(attn_output.reshape(*input_shape, -1).to(output_dtype))
-        return self.o_proj(attn_output), attn_weights
-
-
-class LongNetMLP(nn.Module):
-    def __init__(self, config: LongNetConfig):
-        super().__init__()
-        self.activation_dropout = config.activation_dropout
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.ffn_layernorm = nn.Identity()
-        # CODEPATH: torchscale checkpoints trained with subln=False have none.
-        if config.sub_layernorm:
-            self.ffn_layernorm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
-        mark_magneto_gains(config, {self.fc1: True, self.fc2: True})
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.chunk_size = config.mlp_chunk_size
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        chunk_size = self.chunk_size or hidden_states.shape[1]
-        if hidden_states.shape[1] <= chunk_size or not torch.is_grad_enabled():
-            return self.feed_forward(hidden_states)
-        chunks = hidden_states.split(chunk_size, dim=1)
-        return torch.cat([checkpoint(self.feed_forward, chunk, use_reentrant=False) for chunk in chunks], dim=1)
-
-    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, Q, hidden_size], each token by itself."""
-        hidden_states = self.act_fn(self.fc1(hidden_states))
-        hidden_states = nn.functional.dropout(hidden_states, p=self.activation_dropout, training=self.training)
-        return self.fc2(self.ffn_layernorm(hidden_states))
-
-
-class LongNetDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: LongNetConfig, layer_idx: int):
-        super().__init__()
-        self.hidden_dropout = config.hidden_dropout
-        self.drop_path_rate = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
-        self.self_attn = LongNetAttention(config=config, layer_idx=layer_idx)
-        self.mlp = LongNetMLP(config)
-        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def add_to_residual(self, residual: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """residual + update, with dropout and stochastic depth on the update; both [B, Q, hidden_size]."""
-        update = nn.functional.dropout(update, p=self.hidden_dropout, training=self.training)
-        if self.training and self.drop_path_rate > 0:
-            kept = torch.full((len(update), 1, 1), 1 - self.drop_path_rate, device=update.device).bernoulli()
-            update = update * (kept / (1 - self.drop_path_rate)).to(update.dtype)
-        return residual + update
-
-    @accept_cache
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, ...] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        attn_output, _ = self.self_attn(
-            hidden_states=self.self_attn_layer_norm(hidden_states),
-            attention_mask=attention_mask,
-            cache=cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        hidden_states = self.add_to_residual(hidden_states, attn_output)
-        return self.add_to_residual(hidden_states, self.mlp(self.final_layer_norm(hidden_states)))
 
 
 @auto_docstring
@@ -434,41 +238,8 @@ class LongNetModel(LongNetPreTrainedModel):
         )
 
 
-class LongNetLanguageModelHead:
-    """For models with an `lm_head`: what both kinds of language model make of the last hidden states."""
-
-    # Whether each token's target is the next one, as the loss that Transformers gives the class has it.
-    shifts_labels = True
-
-    def loss_and_logits(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, skip_logits: bool | None, **kwargs
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Loss and logits of hidden states [B, Q, C]; the logits are None where the loss did without them."""
-        shifted = kwargs.get("shift_labels") if self.shifts_labels else None
-        has_targets = labels is not None or shifted is not None
-        able = has_own_loss(self) and can_be_chunked(self.lm_head, hidden_states)
-        if skip_logits and has_targets and not able:
-            raise ValueError(
-                "`skip_logits=True` needs the model's own loss and a head that is its weight alone (no adapter, no "
-                f"shards), got {type(self.lm_head).__name__} and {self.loss_function}."
-            )
-        if not has_targets or not able or not (self.training if skip_logits is None else skip_logits):
-            logits = self.lm_head(hidden_states)
-            if labels is None:
-                return None, logits
-            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs), logits
-        ignore_index = kwargs.get("ignore_index", -100)
-        targets = labels if shifted is None else shifted
-        if shifted is None and self.shifts_labels:
-            targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        counted = {"num_items_in_batch": kwargs.get("num_items_in_batch"), "ignore_index": ignore_index}
-        return chunked_cross_entropy(
-            hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), **counted
-        ), None
-
-
 @auto_docstring
-class LongNetForCausalLM(LongNetLanguageModelHead, LongNetPreTrainedModel, CheckedGenerationMixin):
+class LongNetForCausalLM(LanguageModelHead, LongNetPreTrainedModel, CheckedGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -580,7 +351,7 @@ class LongNetForCausalLM(LongNetLanguageModelHead, LongNetPreTrainedModel, Check
     A LongNet, bidirectional (`is_causal=False`) as a rule, with a language modeling head on each token.
     """
 )
-class LongNetForMaskedLM(LongNetLanguageModelHead, LongNetPreTrainedModel):
+class LongNetForMaskedLM(LanguageModelHead, LongNetPreTrainedModel):
     shifts_labels = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

@@ -27,7 +27,8 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .document_ids import reorder, restore_order
-from .modeling_longnet import LongNetAttention, LongNetDecoderLayer, LongNetPreTrainedModel
+from .longnet_layers import LongNetAttention, LongNetDecoderLayer
+from .modeling_longnet import LongNetPreTrainedModel
 from .transformers_compat import capture_outputs, is_tracing, refuse_unread
 
 

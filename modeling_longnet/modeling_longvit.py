@@ -26,7 +26,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_longvit import LongViTConfig
-from .modeling_longnet import LongNetAttention, LongNetDecoderLayer, LongNetPreTrainedModel
+from .longnet_layers import LongNetAttention, LongNetDecoderLayer
+from .modeling_longnet import LongNetPreTrainedModel
 from .transformers_compat import capture_outputs, refuse_unread
 
 

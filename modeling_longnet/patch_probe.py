@@ -1,17 +1,21 @@
-"""What a model's layers do with their attention: found out before a patch, by forwards of two tokens.
+"""What a model's layers do with their attention: found out before a patch by forwards of two tokens, or listened to.
 
 Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 from .dilated_cache import DilatedCache
 from .dilation_schedule import as_integer
-from .patched_attention import AttentionCall, Probe, probing
+from .patched_attention import TAP, head_slice, run_original, unsupported_reason
+from .patched_mask import is_compact_mask
 from .transformers_compat import named_cache, text_config_of
 
 
@@ -19,6 +23,83 @@ logger = logging.get_logger(__name__)
 
 # Layers of these types keep the attention they have.
 OTHER_LAYER_TYPES = ("sliding_attention", "chunked_attention", "linear_attention", "mamba", "conv", "recurrent")
+
+
+@dataclass
+class AttentionCall:
+    """One call of the attention function during a probe: the module that called, and why it cannot be dilated.
+
+    cache_layer: the layer of a bounded cache that its keys come from, if any. key: [G, N, D] of the first row.
+    """
+
+    module: nn.Module
+    reason: str | None
+    num_heads: int
+    key_shape: tuple[int, ...]
+    itemsize: int
+    cache_layer: int | None
+    key: torch.Tensor
+
+
+@dataclass
+class Probe:
+    """Records the attention calls of a forward pass instead of computing them, and which embeddings it reads."""
+
+    calls: list[AttentionCall] = field(default_factory=list)
+    tables: set[nn.Module] = field(default_factory=set)
+
+    def __call__(self, original: str, module, query, key, value, mask, **arguments) -> tuple[torch.Tensor, None]:
+        """Stands in for the attention function: zeros [B, Q, H, D]."""
+        reason = _why_not(module, query, key, value, mask, arguments)
+        shape, cache_layer = tuple(key.shape), getattr(key, "cache_layer", None)
+        self.calls.append(AttentionCall(module, reason, query.shape[1], shape, key.itemsize, cache_layer, key[0]))
+        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _why_not(module: nn.Module, query, key, value, mask, arguments: dict) -> str | None:
+    """Why this call cannot be dilated, or None."""
+    reason = unsupported_reason(module, query, key, value, arguments)
+    if reason is not None:
+        return reason
+    if mask is not None and not is_compact_mask(mask):
+        return "it is given a mask of pairs that the model makes by itself"
+    try:
+        head_slice(module, query.shape[1])
+    except (ValueError, AttributeError):
+        total = getattr(module.config, "num_attention_heads", None)
+        return f"it has {query.shape[1]} heads, its configuration tells of {total}"
+    if getattr(arguments.get("position_ids"), "ndim", 2) != 2:
+        return "its `position_ids` have several axes, which do not tell where a document begins"
+    return None
+
+
+@contextlib.contextmanager
+def _tapped(model: nn.Module, tap: Callable) -> Iterator[None]:
+    """While open, the model is in eval mode without gradients, and `tap` gets its calls of the attention function."""
+    modules = {module: module.training for module in model.modules()}
+    for module in modules:
+        setattr(module, TAP, tap)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modules.items():
+            module.training = mode
+            delattr(module, TAP)
+
+
+@contextlib.contextmanager
+def reading(model: nn.Module, function: Callable) -> Iterator[None]:
+    """While open, in eval mode, this model's layers run the attention that they had, and tell `function` (module,
+    query, key)."""
+
+    def read(original: str, module, query, key, *rest, **arguments):
+        function(module, query, key)
+        return run_original(original, module, query, key, *rest, **arguments)
+
+    with _tapped(model, read):
+        yield
 
 
 def text_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -48,10 +129,11 @@ def probe_attention(model: PreTrainedModel, **kwargs) -> Probe:
     offloaded = embedding.device.type == "meta" and hasattr(model, "hf_device_map")
     token = int(getattr(text_config_of(model.config), "pad_token_id", None) == 0)  # a padding row may be 0
     input_ids = torch.full((1, 2), token, device="cpu" if offloaded else embedding.device)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    probe = Probe()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [module.register_forward_hook(lambda module, *_: probe.tables.add(module)) for module in tables]
     try:
-        with torch.no_grad(), probing(model) as probe:
+        with _tapped(model, probe):
             model(input_ids=input_ids, **{"use_cache": False, **kwargs})
     except torch.OutOfMemoryError:
         raise
@@ -62,8 +144,8 @@ def probe_attention(model: PreTrainedModel, **kwargs) -> Probe:
             f"dilated attention fails ({type(error).__name__}: {said}). It was left as it is."
         ) from error
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for hook in hooks:
+            hook.remove()
     return probe
 
 
@@ -90,9 +172,7 @@ def why_unbounded(model: PreTrainedModel) -> str | None:
     return None
 
 
-def find_layers(
-    model: PreTrainedModel, part: PreTrainedModel, calls: list[AttentionCall]
-) -> dict[int, str | None]:
+def find_layers(model: PreTrainedModel, part: PreTrainedModel, calls: list[AttentionCall]) -> dict[int, str | None]:
     """Per layer index of the text part, why it must be left alone, or None."""
     config = part.config
     reasons = dict.fromkeys(range(config.num_hidden_layers), "its attention does not pass through the interface")

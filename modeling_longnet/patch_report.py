@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .dilation_schedule import DilationSchedule
-from .patched_attention import AttentionCall
+from .patch_probe import AttentionCall
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,9 @@ class PatchReport:
 
 def keys_per_query(schedule: DilationSchedule) -> float:
     """Mean number of keys of a causal query over all positions and heads, each pattern's counted."""
-    total = float(schedule.num_sink_tokens)
-    for i, (w, r) in enumerate(schedule.patterns):
-        # A head selects one query in r, and half of the w / r keys come before it.
-        total += schedule.window if i == 0 and schedule.window else (w / r + 1) / 2 / r
-    return total
+    # A head selects one query in r, and half of the w / r keys come before it.
+    dilated = sum((w / r + 1) / 2 / r for _, w, r in schedule.dilated_patterns)
+    return float(schedule.num_sink_tokens) + schedule.window + dilated
 
 
 def bounded_rows(schedule: DilationSchedule, num_heads: int, num_key_value_heads: int) -> int:

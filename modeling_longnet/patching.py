@@ -9,6 +9,8 @@ model is changed, and no mask of pairs is built. What a patch is stands as plain
 `model.config.dilated_attention`. Where PEFT is installed its class of models is changed, and no other one, as long as a
 model lives that was patched: it then saves these settings beside an adapter (see adapter_files.py).
 
+`patch_model` is longer than other functions by its arguments and what they mean.
+
 Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, w segment length, r dilation rate.
 """
 
@@ -32,7 +34,8 @@ from .memory_patch import attach_memories, find_layer_memories, resolve_memory
 from .model_card import TAGS, upload_with_card
 from .patch_probe import choose_layers, find_layers, probe_attention, text_part, why_unbounded
 from .patch_report import PatchReport, make_report
-from .patched_attention import IMPLEMENTATIONS, ORIGINALS, SCALED_MARK
+from .patched_attention import SCALED_MARK
+from .patched_mask import IMPLEMENTATIONS, ORIGINALS
 from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
 from .transformers_compat import (
     GENERATION_ATTRIBUTES,
@@ -193,19 +196,9 @@ def patch_model(
         found = {} if memory is None else find_layer_memories(part, probe.calls, chosen)
         schedule = replace(schedule, memory=resolve_memory(memory, part.config, chosen, found, rope_scaling))
         undo += attach_memories(probe.calls, schedule.memory, found)
-        part.config.dilated_attention = {
-            "segment_lengths": list(schedule.segment_lengths),
-            "dilation_rates": list(schedule.dilation_rates),
-            "head_offsets": head_offsets,
-            "overlap": overlap,
-            "num_sink_tokens": schedule.num_sink_tokens,
-            "local": local,
-            "layers": chosen,
-            "backend": backend,
-            "rope_scaling": rope_scaling,
-        }
-        if schedule.memory is not None:
-            part.config.dilated_attention["memory"] = schedule.memory.to_dict()
+        settings = {"layers": chosen, "backend": backend, "rope_scaling": rope_scaling}
+        told = {name: value for name, value in schedule.as_arguments().items() if name in (*SETTINGS, "memory")}
+        part.config.dilated_attention = told | settings
         unbounded = why_unbounded(base)
         done = make_report(base, part.config, schedule, probe.calls, chosen, reasons, rope_scaling, unbounded)
         for piece in dict.fromkeys((base, part)):

@@ -12,7 +12,7 @@ import torch
 
 from .dilated_attention import ELSEWHERE, find_runs
 from .document_ids import find_documents
-from .patched_attention import dilated_mask, read_layout
+from .patched_mask import dilated_mask, read_layout
 from .sequence_exchange import SequenceLayout
 
 

@@ -1,18 +1,6 @@
-# Copyright 2026 The longnet-transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """The seam to Transformers: every difference between its releases, and every name of it that its documentation does
-not promise. The other files use what this one offers, in the newest release's words (`cache`).
+not promise. The other files use what this one offers, in the newest release's words (`cache`). It is longer than other
+files because it is the one place to look at when a release appears.
 
 A release may make us refuse, never make us wrong: names that are looked up here and are gone raise an ImportError.
 
@@ -449,55 +437,17 @@ class MadeOtherwise:
         return cls.change(super()._from_config(config, **kwargs))
 
 
+# Names of Transformers that the other files get here.
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_MASK_ATTENTION_FUNCTIONS",
-    "CACHE",
-    "CACHE_NAMES",
-    "COMPOSITE_CLASSES",
-    "CheckedGenerationMixin",
-    "GENERATION_ATTRIBUTES",
     "LinearAttentionCacheLayerMixin",
-    "MODEL_DECLARATIONS",
-    "MadeOtherwise",
-    "NEWEST_TESTED",
-    "OLDEST_TESTED",
     "ROPE_INIT_FUNCTIONS",
-    "SUPPORTS_FLASH_ATTENTION",
-    "UPLOAD",
-    "accept_cache",
     "and_masks",
-    "attention_of",
-    "auto_class_of",
-    "brings_its_code",
     "capture_outputs",
-    "causal_lm_class_names",
     "causal_mask_function",
-    "changes_frequencies",
-    "check_cache_reaches_model",
-    "closed_interface",
-    "composite_families",
-    "code_files",
     "dynamic_rope_update",
-    "exporter_is_loaded",
-    "find_file",
-    "first_unread",
-    "forbid_flash_attention",
-    "has_own_adapter",
-    "has_own_loss",
-    "head_of_composite",
     "interval",
     "is_tracing",
-    "length_dependent_rope",
     "merge_with_config_defaults",
-    "named_cache",
-    "passes_through_interface",
-    "refuse_lost_prompts",
-    "refuse_unread",
-    "register_class_names",
-    "release",
-    "set_instance_generation",
-    "shifts_labels",
-    "text_config_of",
-    "upload",
 ]

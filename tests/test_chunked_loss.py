@@ -117,7 +117,7 @@ def test_the_trainer_takes_the_steps_that_it_took_with_whole_logits(smoothing, t
         torch.manual_seed(0)
         model = causal()
         if plain:
-            monkeypatch.setattr("modeling_longnet.modeling_longnet.can_be_chunked", lambda *args: False)
+            monkeypatch.setattr("modeling_longnet.chunked_loss.can_be_chunked", lambda *args: False)
         arguments = TrainingArguments(
             tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
             label_smoothing_factor=smoothing, optim="sgd", report_to=[], save_strategy="no", disable_tqdm=True,

@@ -9,7 +9,7 @@ from operator_cases import random_case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling_longnet.dilated_attention import DilatedAttention, _forward_op, _pack, dilated_attention
+from modeling_longnet.dilated_attention import DilatedAttention, _forward_op, dilated_attention
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilation_schedule import DilationSchedule
 
@@ -269,8 +269,8 @@ def test_compiles_without_graph_breaks(dynamic):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # what PyTorch 2.14 checks, it warns of
 def test_registered_operator_passes_pytorchs_own_checks():
     tensors = [torch.randn(2, 30, 4, 8).transpose(1, 2).requires_grad_() for _ in range(3)]
-    packed = _pack(DilationSchedule((8, 16), (1, 2), overlap="once", num_sink_tokens=2))
-    torch.library.opcheck(_forward_op, (*tensors, None, None, 0, [0, 0], *packed, 0.3, "sdpa"))
+    schedule = DilationSchedule((8, 16), (1, 2), overlap="once", num_sink_tokens=2).to_text()
+    torch.library.opcheck(_forward_op, (*tensors, None, None, 0, [0, 0], schedule, 0.3, "sdpa"))
 
 
 def query_key_value(heads=4, kv_heads=2, length=16, width=8):

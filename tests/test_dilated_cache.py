@@ -1,6 +1,7 @@
 """The bounded cache: cached decode = full forward, chunked = whole, in memory that does not grow."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from transformers import (
 from modeling_longnet import LongNetForCausalLM
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilated_cache import DilatedCache
-from modeling_longnet.dilated_cache_layer import Clock, DilatedLayer
 from modeling_longnet.dilated_cache_layout import SlotLayout
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.patching import patch_model, unpatch_model
@@ -42,11 +42,12 @@ SCHEDULES = {
 
 
 def one_layer(schedule: DilationSchedule, num_heads: int, num_kv_heads: int, max_length: int | None = None):
-    clock = Clock()
-    layer = DilatedLayer(schedule, clock, max_length, num_heads // num_kv_heads)
-    layer.is_first = layer.is_last = True
-    clock.layers = [layer]
-    return layer
+    """What a model of one layer asks of its cache."""
+    config = LlamaConfig(
+        num_hidden_layers=1, hidden_size=num_heads, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads
+    )
+    config.dilated_attention = {"layers": [0], **schedule.as_arguments()}
+    return partial(DilatedCache(config, max_length).attend, 0, config=config)
 
 
 def worst_error(schedule, num_heads, num_kv_heads, length, chunks, pads, max_length=None) -> float:
@@ -60,7 +61,7 @@ def worst_error(schedule, num_heads, num_kv_heads, length, chunks, pads, max_len
     expected = dilated_attention_reference(
         query.double(), key.double(), value.double(), document_ids=ids, **schedule.as_arguments()
     )
-    layer = one_layer(schedule, num_heads, num_kv_heads, max_length)
+    attend = one_layer(schedule, num_heads, num_kv_heads, max_length)
     outs, start, scale = [], 0, WIDTH**-0.5
     with torch.no_grad():
         for size in chunks:
@@ -69,7 +70,7 @@ def worst_error(schedule, num_heads, num_kv_heads, length, chunks, pads, max_len
             if part.start < length:
                 given = ids[:, part] if any(pads) else None
                 q, k, v = (x[:, :, part] for x in (query, key, value))
-                outs.append(layer.attend(q, k, v, given, scale=scale))
+                outs.append(attend(q, k, v, given, scale=scale))
     return (torch.cat(outs, dim=2) - expected).abs().max().item()
 
 
@@ -336,8 +337,8 @@ def test_positions_of_a_billion_are_exact():
     cache = DilatedCache(model.config)
     read(model, text[:, :32], 32, cache)
     shift = 32 * 10**8
-    cache.clock.positions.add_(shift)  # a multiple of every segment: the same phase, and no sink tokens
-    cache.clock.seen.add_(shift)
+    cache.positions.add_(shift)  # a multiple of every segment: the same phase, and no sink tokens
+    cache.seen.add_(shift)
     torch.testing.assert_close(read(model, text[:, 32:], [1, 7, 1, 19], cache), expected[:, 32:], atol=1e-5, rtol=0)
 
 
@@ -378,10 +379,10 @@ def test_gradient_of_a_chunk_is_that_of_the_whole_with_a_constant_past():
     query, key, value = torch.randn(3, 1, 4, 60, WIDTH, dtype=torch.float64)
     for size in (1, 17):
         leaves = [x[:, :, 43 : 43 + size].clone().requires_grad_() for x in (query, key, value)]
-        layer = one_layer(schedule, 4, 4)
+        attend = one_layer(schedule, 4, 4)
         with torch.no_grad():
-            layer.attend(query[:, :, :43], key[:, :, :43], value[:, :, :43], scale=0.5)
-        out = layer.attend(*leaves, scale=0.5)
+            attend(query[:, :, :43], key[:, :, :43], value[:, :, :43], scale=0.5)
+        out = attend(*leaves, scale=0.5)
         gradients = torch.autograd.grad(out.square().sum(), leaves)
         joined = [torch.cat([x[:, :, :43], leaf], 2) for x, leaf in zip((query, key, value), leaves)]
         whole = dilated_attention_reference(*joined, scale=0.5, **schedule.as_arguments())[:, :, 43:]

@@ -6,6 +6,7 @@ tests/family_sweep.py, which writes the table.
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import family_sweep
@@ -81,10 +82,12 @@ def test_a_family_without_a_bounded_cache_says_so_and_generates(family, why, mon
 def test_a_fault_would_be_found(monkeypatch):
     """The judge itself, on a family whose patched attention forgets the sinks, and on one that dies unrefused."""
     assert family_sweep.judge("llama")[0] == "right"
-    real = patched_attention.dilated_attention
-    monkeypatch.setattr(
-        patched_attention, "dilated_attention", lambda *args, **kwargs: real(*args, **{**kwargs, "num_sink_tokens": 0})
-    )
+    real = patched_attention.scheduled_attention
+
+    def without_sinks(query, key, value, schedule, **kwargs):
+        return real(query, key, value, replace(schedule, num_sink_tokens=0), **kwargs)
+
+    monkeypatch.setattr(patched_attention, "scheduled_attention", without_sinks)
     verdict, text = family_sweep.judge("llama")
     assert verdict == "fault" and text.startswith("long_input_as_defined")
     monkeypatch.setattr(family_sweep, "patch_model", lambda *args: 1 / 0)

@@ -29,8 +29,10 @@ from modeling_longnet import (
 # What each file is for. A new name here is one more file that every user of a checkpoint downloads and runs.
 CODE = {
     "configuration_longnet.py",
+    "dilated_config.py",
+    "xpos_range.py",
     "modeling_longnet.py",
-    "attention_functions.py",
+    "longnet_layers.py",
     "position_embeddings.py",
     "document_ids.py",
     "chunked_loss.py",

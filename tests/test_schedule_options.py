@@ -22,7 +22,7 @@ from modeling_longnet import (
     dilated_attention_reference,
     patch_model,
 )
-from modeling_longnet.attention_functions import operator_arguments
+from modeling_longnet.longnet_layers import operator_arguments
 from modeling_longnet.patching import SETTINGS
 from modeling_longnet.sequence_parallel import SequenceParallel
 from modeling_longnet.transformers_compat import named_cache
@@ -58,7 +58,14 @@ def test_every_option_is_told_everywhere():
     for function in (dilated_attention, dilated_attention_reference):
         assert set(FIELDS) <= set(inspect.signature(function).parameters)
     model = LongNetForCausalLM(tiny_config())
-    assert set(FIELDS) <= set(operator_arguments(model.model.layers[0].self_attn, None, 1.0, 0.0))
+    schedule = operator_arguments(model.model.layers[0].self_attn, None, 1.0, 0.0)["schedule"]
+    assert set(FIELDS) <= set(schedule.as_arguments())
+
+
+@causal_options
+def test_a_schedule_is_what_its_text_says(options):
+    schedule = tiny_config(**options).dilation_schedule
+    assert DilationSchedule.from_text(schedule.to_text()) == schedule
 
 
 def make(options: dict, positions: dict, **more) -> LongNetForCausalLM:

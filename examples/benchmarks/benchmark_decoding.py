@@ -43,8 +43,8 @@ def bounded_at(model: LongNetForCausalLM, position: int) -> DilatedCache:
     for layer in cache.dilated_layers:
         layer.keys.normal_()
         layer.values.normal_()
-    cache.clock.positions.fill_(position)
-    cache.clock.seen.fill_(position)
+    cache.positions.fill_(position)
+    cache.seen.fill_(position)
     return cache
 
 

@@ -1,0 +1,259 @@
+"""The mask of patched models, for Transformers' own interface: made by `dilated_mask`, read by `layout_of`.
+
+A Q x N mask is never built. The mask function returns an int32 tensor [B, 1, 4, N], which Transformers, Accelerate's
+hooks and gradient checkpointing carry to every layer as they would carry a mask:
+
+    IDS       document id of each key, negative = padding   -1 -1  1  1  1  1     (left padding)
+    OFFSET    index of the first query among the keys        4  4  4  4  4  4     (two queries)
+    GIVEN     whether the caller gave a 2-D attention mask   1  1  1  1  1  1
+    EARLIER   tokens before the first key, known to a        0  0  0  0  0  0     (not padding; -1: some, untold)
+              bounded cache alone
+
+A patched model reads documents as its host does without a patch, which is not quite how LongNet reads them
+(document_ids.py): where a 2-D mask is given, `position_ids` that restart do not begin a document.
+
+Letters: B batch, Q query tokens, N key tokens, D head dimension.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .document_ids import check_position_ids, document_positions, padding_to_front
+from .transformers_compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_of, causal_mask_function
+
+
+IDS, OFFSET, GIVEN, EARLIER = ROWS = range(4)
+
+# Code that was loaded from the Hub may be of another version than the package, or than that of another repository: each
+# copy registers its functions under names of its own.
+_COPY = "" if __package__ == "modeling_longnet" else "_" + hashlib.sha256(__name__.encode()).hexdigest()[:8]
+# The name tells what the layers that are left alone run. "flash" or "sdpa" in a name means something to Transformers.
+IMPLEMENTATIONS = {
+    "sdpa": "dilated" + _COPY,
+    "eager": "dilated_over_eager" + _COPY,
+    "flex_attention": "dilated_over_flex" + _COPY,
+    "flash_attention_2": "dilated_over_fa2" + _COPY,
+    "flash_attention_3": "dilated_over_fa3" + _COPY,
+}
+ORIGINALS = {name: original for original, name in IMPLEMENTATIONS.items()}
+
+# Arguments of mask functions that change only how a mask is stored, or when it may be left out.
+MASK_HINTS = ("dtype", "allow_is_causal_skip", "allow_is_bidirectional_skip")
+
+
+def is_compact_mask(mask: object) -> bool:
+    """Whether this is a mask made by `dilated_mask`."""
+    is_integer = isinstance(mask, torch.Tensor) and mask.dtype == torch.int32
+    return is_integer and mask.ndim == 4 and mask.shape[1:3] == (1, len(ROWS))
+
+
+def _padding_ids(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
+    """Document ids [B, N or more] from a 2-D mask: 1 = real, -1 = padding."""
+    real = attention_mask.bool()
+    real = torch.nn.functional.pad(real, (0, max(0, kv_length - real.shape[1])), value=False)
+    if torch.compiler.is_compiling():  # no value can be asked for, and none must come out wrong
+        begins = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
+        torch._assert_async(
+            begins.sum(1).max() <= 1,
+            "`attention_mask` has padding between real tokens, which a compiled patched model does not put aside: run "
+            "it without torch.compile, or pad all on one side.",
+        )
+    return torch.where(real, 1, -1)
+
+
+def _check_width(attention_mask: torch.Tensor, end: int | torch.Tensor, room: int, new: int | None) -> None:
+    """Refuses a 2-D mask that does not end with the queries, at `end`, or in a static cache's room, or has no `new`."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        got = f"shape {tuple(attention_mask.shape)}" if hasattr(attention_mask, "shape") else repr(attention_mask)
+        raise ValueError(f"`attention_mask` must be a 2-D mask [B, N], got {got}.")
+    width = attention_mask.shape[1]
+    if torch.compiler.is_compiling() or width in (room, new) or (width < room and width >= int(end)):
+        return
+    raise ValueError(
+        f"`attention_mask` must have shape {(len(attention_mask), int(end))}, the cached tokens included, got "
+        f"{tuple(attention_mask.shape)}."
+    )
+
+
+def _packed_ids(mask_function: Callable, batch_size: int, length: int, device: torch.device) -> torch.Tensor:
+    """Document ids [B, N] that a model's packing detection has put into its mask function, from neighbours only."""
+    batch = torch.arange(batch_size, device=device)[:, None]
+    later = torch.arange(1, length, device=device)[None]
+    sees_past = mask_function(batch, 0, later, later - 1).expand(batch_size, -1)
+    sees_future = mask_function(batch, 0, later - 1, later)
+    if not torch.compiler.is_compiling() and bool(sees_future.any()):
+        raise ValueError("a patched model is causal; this forward asks for a mask that lets tokens see later ones.")
+    ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+    ids[:, 1:] = (~sees_past).cumsum(1)
+    return ids
+
+
+def dilated_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config=None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """The compact mask of this file's head, int32 [B, 1, 4, N]; a sliding-window or chunked layer gets its own mask.
+
+    Raises:
+        ValueError: for masks of another length, and for masks that are not causal or that a model adds to.
+    """
+    if local_size is not None:
+        original = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINALS[attention_of(config)]]
+        return original(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            local_size=local_size, use_vmap=use_vmap, device=device, config=config, **kwargs,
+        )  # fmt: skip
+    if use_vmap:
+        raise ValueError("this forward adds its own function to the causal mask, which a patched model cannot read.")
+    unread = [name for name, value in kwargs.items() if name not in MASK_HINTS and value is not None]
+    if unread:
+        raise ValueError(f"this forward makes its mask with `{unread[0]}`, which a patched model does not read.")
+    device = attention_mask.device if attention_mask is not None else torch.device(device)
+    # A bounded cache asks for the new tokens alone, and checks what is told of those before.
+    covers_past = isinstance(kv_offset, int) and kv_offset == 0
+    earlier = 0 if covers_past else -1
+    if attention_mask is not None:
+        room = kv_offset + kv_length
+        _check_width(attention_mask, q_offset + q_length, room, None if covers_past else q_length)
+        ids = _padding_ids(attention_mask, kv_length)
+        if ids.shape[1] > kv_length:
+            earlier = (ids[:, :-kv_length] >= 0).sum(1, keepdim=True)
+            ids = ids[:, -kv_length:]
+    elif mask_function is not causal_mask_function and kv_length > 1:
+        if q_length != kv_length:
+            raise ValueError("this forward uses a mask that is not the causal one, which a patched model cannot read.")
+        ids = _packed_ids(mask_function, batch_size, kv_length, device)
+    else:
+        ids = torch.zeros(batch_size, kv_length, dtype=torch.long, device=device)
+    mask = torch.empty(batch_size, 1, len(ROWS), kv_length, dtype=torch.int32, device=device)
+    mask[:, 0, IDS] = ids
+    # A static cache's offset is a live tensor, bumped by every layer's update: writing it here copies it.
+    mask[:, 0, OFFSET] = q_offset - kv_offset
+    mask[:, 0, GIVEN] = int(attention_mask is not None)
+    mask[:, 0, EARLIER] = earlier
+    return mask
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where documents and queries lie: ids [B, N] or None for one document a row, query index or None for the end.
+
+    order: [B, N], the keys with all padding moved to the front, where there is some between a row's tokens: segments
+    count the tokens alone. (How rotary positions count them is the model's own affair, as without a patch.)
+    """
+
+    document_ids: torch.Tensor | None
+    query_offset: int | torch.Tensor | None
+    is_packed: bool
+    order: torch.Tensor | None = None
+
+
+def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
+    batch, length = ids.shape
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    if position_ids is None:
+        return begins
+    position_ids = position_ids.expand(batch, -1)
+    index = (offset + torch.arange(position_ids.shape[1], device=ids.device)).expand(batch, -1)
+    jumps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+    # The first query may go on with a document that began in an earlier chunk: its position says where.
+    first = (offset - position_ids[:, :1]).clamp(min=torch.zeros_like(offset), max=offset)
+    return begins.scatter(1, index, begins.gather(1, index) | jumps).scatter(1, first, True)
+
+
+def _order_of_split_rows(ids: torch.Tensor, new: slice) -> torch.Tensor | None:
+    """The `order` of a Layout, or None; ids [B, N], negative for padding; `new` are the queries among the keys."""
+    real = ids >= 0
+    begins = real.clone()
+    begins[:, 1:] &= ~real[:, :-1]
+    if int(begins.sum(1).max()) <= 1:
+        return None
+    queries = real[:, new]
+    if queries.shape[1] < ids.shape[1] and bool((queries[:, :-1] & ~queries[:, 1:]).any()):
+        raise ValueError(
+            "`attention_mask` has padding behind tokens that go on from a cache: their rows could not stand side by "
+            "side. Pad these tokens on the left."
+        )
+    return padding_to_front(real)
+
+
+def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
+    """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
+    ids, offset, given = mask[:, 0, IDS].long(), mask[0, 0, OFFSET, 0].long(), mask[0, 0, GIVEN, 0] > 0
+    length = mask.shape[-1]
+    check_position_ids(position_ids, len(mask), query_length)
+    if torch.compiler.is_compiling():
+        begins = _restarts(position_ids, offset, ids)
+        return Layout(torch.where(given, ids, begins.cumsum(1)), offset, True)
+    if bool(mask[:, 0, EARLIER].any()):
+        raise ValueError(
+            "`cache` holds earlier tokens, and this forward goes on without them: gradient checkpointing "
+            "sets caches aside. Call `model.eval()` or `model.gradient_checkpointing_disable()`."
+        )
+    at = None if int(offset) == length - query_length else int(offset)
+    if bool(given):
+        if bool((ids >= 0).all()):
+            return Layout(None, at, False)
+        return Layout(ids, at, False, _order_of_split_rows(ids, slice(int(offset), int(offset) + query_length)))
+    begins = _restarts(position_ids, offset, ids)
+    is_packed = bool(begins[:, 1:].any())
+    return Layout(begins.cumsum(1) if is_packed else None, at, is_packed)
+
+
+# An attribute of a compact mask, which lives as long as a forward: what `read_layout` found, and in what.
+LAYOUT_MARK = "_read_layout"
+# The same for `chunk_order`.
+ORDER_MARK = "_chunk_order"
+
+
+def layout_of(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
+    """`read_layout`, computed once per forward although every layer asks: it looks at values, which waits for a GPU."""
+    if torch.compiler.is_compiling() or any(x is not None and x.is_inference() for x in (mask, position_ids)):
+        return read_layout(mask, position_ids, query_length)
+    stamp = (query_length, mask._version, None if position_ids is None else position_ids._version)
+    read_from, read_at, layout = getattr(mask, LAYOUT_MARK, (None, None, None))
+    if layout is None or read_from is not position_ids or read_at != stamp:
+        layout = read_layout(mask, position_ids, query_length)
+        setattr(mask, LAYOUT_MARK, (position_ids, stamp, layout))
+    return layout
+
+
+def chunk_order(mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
+    """Order [B, Q] that puts padding before the tokens of a chunk, where there is some behind them."""
+    if torch.compiler.is_compiling() or query_length == 1 or not is_compact_mask(mask):
+        return None
+    if not hasattr(mask, ORDER_MARK):
+        real = mask[:, 0, IDS, -query_length:] >= 0
+        is_behind = bool((real[:, :-1] & ~real[:, 1:]).any())
+        setattr(mask, ORDER_MARK, padding_to_front(real) if is_behind else None)
+    return getattr(mask, ORDER_MARK)
+
+
+def angle_offset(layout: Layout, position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """What each row's `position_ids` count more than its document's tokens, [B]: the padding before them, if any."""
+    if position_ids is None:
+        return None
+    position_ids, queries = position_ids.expand(batch, -1), position_ids.shape[-1]
+    ids = layout.document_ids
+    if ids is None:
+        ids = position_ids.new_zeros(batch, length)
+    begin = length - queries if layout.query_offset is None else int(layout.query_offset)
+    position = document_positions(ids)[0][:, begin : begin + queries]
+    real = (ids[:, begin : begin + queries] >= 0).long()
+    last = (real * torch.arange(1, queries + 1, device=real.device)).argmax(-1, keepdim=True)
+    return ((position_ids - position).gather(-1, last) * real.gather(-1, last))[:, 0]
