@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import torch
 
-from .dilated_attention import dilated_attention
+from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .visible_attention import attend_visible
 
 
@@ -30,10 +30,10 @@ def _same_phase(schedule: DilationSchedule, start: int) -> int:
 
 def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     """The rows of the batch that stand at one position and have no padding in this chunk."""
-    heads = {"head_index_offset": layout.head_index_offset, "total_num_heads": layout.total_num_heads}
     if origin == 0:
-        arguments = layout.schedule.as_arguments()
-        return dilated_attention(query, key, value, **arguments, **heads, scale=scale, backend=backend)
+        return scheduled_attention(
+            query, key, value, layout.schedule, heads=layout.heads, scale=scale, backend=backend
+        )
     start = origin + key.shape[2] - query.shape[2]
     shift = _same_phase(layout.schedule, origin)
 
@@ -43,7 +43,8 @@ def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     buffer = (torch.cat(pair, dim=2) for pair in zip(slots, (key, value)))
     return attend_visible(
         query, *buffer, layout.schedule, locate,
-        query_start=start - shift, length=start - shift + query.shape[2], scale=scale, backend=backend, **heads,
+        query_start=start - shift, length=start - shift + query.shape[2], scale=scale, backend=backend,
+        heads=layout.heads,
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def read_layout_name(name: str) -> SlotLayout:
     """The layout that `layout_name` wrote."""
     fields = json.loads(name)
     schedule = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["schedule"].items()}
-    return SlotLayout(**{**fields, "schedule": DilationSchedule(**schedule)})
+    return SlotLayout(DilationSchedule(**schedule), Heads(**fields["heads"]), fields["max_length"])
 
 
 def _compiled_chunk(query, key, value, slots_key, slots_value, origins, pads, layout, scale, backend):

@@ -4,12 +4,15 @@ Transformers' exporters take any cache apart attribute by attribute, as a tree. 
 tensor with it, which would come back as one of each layer's own.
 """
 
+from dataclasses import astuple
+
 import torch
 from torch.utils import _pytree
 
 from .configuration_longnet import LongNetConfig
 from .dilated_cache_layer import DilatedLayer
 from .dilated_cache_layout import SlotLayout
+from .dilation_schedule import Heads
 
 
 # Exporters before 5.20 count tensors by walking through `__dict__`s: the order is the one in which they come there.
@@ -35,7 +38,7 @@ def _flatten(cache) -> tuple[list[torch.Tensor], dict]:
     if cache.positions is None:
         return [], context
     layout = layers[0].layout
-    context["heads"] = [layout.num_heads, layout.num_kv_heads, layout.head_index_offset, layout.total_num_heads]
+    context["heads"] = list(astuple(layout.heads))
     return [getattr(cache, name) for name in TIMES] + [x for y in layers for x in (y.keys, y.values)], context
 
 
@@ -60,7 +63,7 @@ def _maker(kind: type):
         for layer in cache.dilated_layers:
             keys, values = tensors.pop(0), tensors.pop(0)
             if isinstance(keys, torch.Tensor):  # `torch.export` also asks for caches of numbers
-                layout = SlotLayout(layer.schedule, *context["heads"], layer.max_length)
+                layout = SlotLayout(layer.schedule, Heads(*context["heads"]), layer.max_length)
                 layer.continue_with(keys, values, layout)
             else:
                 layer.keys, layer.values = keys, values

@@ -30,10 +30,6 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _first_head(layer) -> int:
-    return layer.head_index_offset if layer.layout is None else layer.layout.head_index_offset
-
-
 def _schedule_text(config) -> str:
     return json.dumps(DilationSchedule.from_config(config).as_arguments())
 
@@ -50,7 +46,7 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
         raise ValueError("`cache` must have seen a token before it can be saved.")
     if cache.step is not None or cache.waiting:
         raise ValueError("`cache` is in the middle of a forward, or waits for a `crop`: it cannot be saved now.")
-    if len(layers) < len(cache.layers) or any(_first_head(layer) for layer in layers):
+    if len(layers) < len(cache.layers) or any(layer.heads.first for layer in layers):
         raise ValueError("`cache` has layers that are not bounded, or only some of the heads: it cannot be saved.")
     tensors = {"positions": cache.positions, "seen": cache.seen}
     tensors |= {f"extra.{name}": value for name, value in extra.items()}

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .attention_kernels import as_autocast, refuse_tangents
 from .dilated_cache_attention import attend_chunk, compiled_chunk, layout_name
 from .dilated_cache_layout import SlotLayout
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 
 
 @dataclass
@@ -78,15 +78,18 @@ class DilatedLayer(CacheLayerMixin):
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, head_index_offset: int = 0, total_num_heads=None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
     ) -> None:
-        groups, heads = key_states.shape[1], key_states.shape[1] * self.heads_per_key
-        layout = SlotLayout(self.schedule, heads, groups, head_index_offset, total_num_heads, self.max_length)
+        layout = SlotLayout(self.schedule, heads or self.heads_of(key_states), self.max_length)
         slots = [x.new_zeros(*x.shape[:2], layout.allocated, x.shape[-1]) for x in (key_states, value_states)]
         if not torch.compiler.is_compiling():
             for x in slots:
                 torch._dynamo.mark_static_address(x)
         self.continue_with(*slots, layout)
+
+    def heads_of(self, key_states: torch.Tensor) -> Heads:
+        """All heads of a layer with keys [B, G, N, D]."""
+        return Heads(key_states.shape[1] * self.heads_per_key, key_states.shape[1])
 
     def continue_with(self, keys: torch.Tensor, values: torch.Tensor, layout: SlotLayout) -> None:
         """Goes on with the slots [B, G, S, D] that another layer filled in this layout."""
@@ -96,7 +99,7 @@ class DilatedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _set_layout(self, layout: SlotLayout) -> None:
-        self.layout, self.tables = layout, layout.tables(self.device)
+        self.layout, self.heads, self.tables = layout, layout.heads, layout.tables(self.device)
         self.place = layout_name(layout), str(self.device)
 
     def grow(self, max_length: int) -> None:
@@ -117,13 +120,13 @@ class DilatedLayer(CacheLayerMixin):
         self.awaited = True
         return key_states, value_states
 
-    def admit(self, query, key, value, backend: str | None, head_index_offset: int, total_num_heads: int | None):
+    def admit(self, query, key, value, backend: str | None, heads: Heads | None):
         """Queries, keys and values in the dtype that they are attended in, once it is that of the slots."""
         self.awaited = False
         query, key, value = as_autocast(query, key, value)
         refuse_tangents(backend or "sdpa", query, key, value)  # what the slots keep has no derivative
         if not self.is_initialized:
-            self.lazy_initialization(key, value, head_index_offset, total_num_heads)
+            self.lazy_initialization(key, value, heads)
         if key.dtype != self.dtype:
             raise ValueError(
                 f"`cache` holds {self.dtype}, got {key.dtype}: go on in the dtype, and under the autocast, "

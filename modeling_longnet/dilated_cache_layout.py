@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from .dilation_plan import SINKS, Block, Rows
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 
 
 NOWHERE = 2**31 - 1  # an in-segment index that no query ever reaches, and a slot that raises an error
@@ -58,16 +58,12 @@ class SlotLayout:
 
     Args:
         schedule: causal.
-        num_heads, num_kv_heads: H and G of this layer (of this rank).
-        head_index_offset, total_num_heads: global numbering of the heads, as in `dilated_attention`.
+        heads: of this layer, or of this rank's slice of it.
         max_length: no position will reach this, so longer segments need no more slots; None for no bound.
     """
 
     schedule: DilationSchedule
-    num_heads: int
-    num_kv_heads: int
-    head_index_offset: int = 0
-    total_num_heads: int | None = None
+    heads: Heads
     max_length: int | None = None
 
     def __post_init__(self):
@@ -75,13 +71,12 @@ class SlotLayout:
             raise ValueError("`schedule` of a bounded cache must be causal, got is_causal=False.")
 
     def _offset(self, pattern: int, head: int) -> int:
-        rate = self.schedule.dilation_rates[pattern]
-        return self.schedule.offset(rate, head + self.head_index_offset, self.total_num_heads or self.num_heads)
+        return self.heads.offset(self.schedule, self.schedule.dilation_rates[pattern], head)
 
     def _class(self, pattern: int, head: int, classes: int) -> int:
         """Distinct for the offsets of one key/value head, and the same for all heads of one block of the plan."""
         if self.schedule.head_offsets == "modulo":
-            return head % (self.num_heads // self.num_kv_heads) % self.schedule.dilation_rates[pattern]
+            return head % self.heads.per_group % self.schedule.dilation_rates[pattern]
         return self._offset(pattern, head) % classes
 
     def _bounded(self, length: int) -> int:
@@ -94,12 +89,12 @@ class SlotLayout:
 
     @cached_property
     def patterns(self) -> tuple[PatternSlots, ...]:
-        per_group = self.num_heads // self.num_kv_heads
+        per_group = self.heads.per_group
         base = self.schedule.num_sink_tokens + self.window_slots
         slots = []
         for i in range(bool(self.schedule.window), len(self.schedule.patterns)):
             w, r = self.schedule.patterns[i]
-            groups = [range(g * per_group, (g + 1) * per_group) for g in range(self.num_kv_heads)]
+            groups = [range(g * per_group, (g + 1) * per_group) for g in range(self.heads.num_kv_heads)]
             classes = max(len({self._offset(i, j) for j in heads}) for heads in groups)
             slots.append(PatternSlots(i, base, classes, -(-self._bounded(w) // r)))
             base += classes * slots[-1].rows
@@ -128,7 +123,7 @@ class SlotLayout:
         """Which slots the queries at `positions` [B] see, bool [B, H, allocated]; their own rows are written before."""
         schedule, device = self.schedule, positions.device
         p = positions[:, None]
-        shape = (len(positions), self.num_heads, -1)
+        shape = (len(positions), self.heads.num_heads, -1)
         parts = []
         if schedule.num_sink_tokens:
             sinks = torch.arange(schedule.num_sink_tokens, device=device) <= p
@@ -173,7 +168,7 @@ class SlotLayout:
     def targets(self, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
         """The slots [B, G, n] that take the row of `positions` [B]; `spill` where a pattern does not select it."""
         schedule, p = self.schedule, positions[:, None, None]
-        shape = (len(positions), self.num_kv_heads, -1)
+        shape = (len(positions), self.heads.num_kv_heads, -1)
         parts = []
         if schedule.num_sink_tokens:
             parts.append(torch.where(p < schedule.num_sink_tokens, p, self.spill).expand(shape))
@@ -192,7 +187,7 @@ class SlotLayout:
         """Which of the positions [first, last] (both [B]) each slot takes, [B, G, allocated]; -1 for none."""
         schedule, device = self.schedule, first.device
         first, last = first[:, None, None], last[:, None, None]
-        shape = (len(first), self.num_kv_heads, -1)
+        shape = (len(first), self.heads.num_kv_heads, -1)
         parts = []
         if schedule.num_sink_tokens:
             held = torch.arange(schedule.num_sink_tokens, device=device)
@@ -237,13 +232,13 @@ class SlotLayout:
 @lru_cache(maxsize=64)
 def _tables(layout: SlotLayout, device: torch.device) -> Tables:
     columns = [[] for _ in range(6)]
-    heads, per_group = range(layout.num_heads), layout.num_heads // layout.num_kv_heads
+    heads, per_group = range(layout.heads.num_heads), layout.heads.per_group
     for n, slots in enumerate(layout.patterns):
         w, r = layout.schedule.patterns[slots.index]
         offsets = torch.tensor([layout._offset(slots.index, j) for j in heads])
         classes = torch.tensor([layout._class(slots.index, j, slots.classes) for j in heads])
-        class_offsets = torch.full((layout.num_kv_heads, slots.classes), -1)
-        class_offsets[torch.arange(layout.num_heads) // per_group, classes] = offsets
+        class_offsets = torch.full((layout.heads.num_kv_heads, slots.classes), -1)
+        class_offsets[torch.arange(len(heads)) // per_group, classes] = offsets
         row = r * torch.arange(slots.rows)
         rows = offsets[:, None] + row
         class_rows = class_offsets[..., None] + row

@@ -12,6 +12,7 @@ import torch
 
 from .attention_kernels import choose_backend
 from .dilated_cache_layer import DilatedLayer, Step
+from .dilation_schedule import Heads
 from .memory_attention import MemoryCall, attend_memory, choose
 from .memory_positions import anchor
 from .memory_search import Ranking
@@ -33,11 +34,10 @@ class MemoryLayer(DilatedLayer):
         self.index = self.far_index = None
 
     def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, head_index_offset: int = 0, total_num_heads=None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
     ) -> None:
-        batch, self.num_kv_heads, _, width = key_states.shape
-        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
-        self.head_index_offset, self.total_num_heads = head_index_offset, total_num_heads
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, len(key_states)
+        self.heads = heads or self.heads_of(key_states)
         self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[-1]) for x in (key_states, value_states))
         self.is_initialized = True
 
@@ -85,10 +85,7 @@ class MemoryLayer(DilatedLayer):
             past = [x[row, :, : first + columns - pad] for x in (self.keys, self.values)]
             if wants_grad:  # gradients reach the new tokens; what came before is state
                 past = [torch.cat([x[:, :, :first], y[row, :, pad:]], 2) for x, y in zip(past, (key, value))]
-            call = MemoryCall(
-                self.ranking, first, query.shape[1], self.num_kv_heads, self.head_index_offset, self.total_num_heads,
-                scale, choose_backend(backend, query, 0.0),
-            )  # fmt: skip
+            call = MemoryCall(self.ranking, first, self.heads, scale, choose_backend(backend, query, 0.0))
             own = query[row, :, pad:]
             indices = (x if x is None else x[row] for x in (self.index, self.far_index))
             out, _ = attend_memory(call, own, *past, choose(call, own, past[0], *indices))
@@ -123,7 +120,7 @@ class MemoryLayer(DilatedLayer):
     def _fill(self, index: torch.Tensor | None, row: slice, begin: int, new: torch.Tensor) -> torch.Tensor:
         room = self.keys.shape[2] // self.schedule.memory.block_size
         if index is None:
-            index = new.new_zeros(self.batch_size, self.num_kv_heads, room, new.shape[-1])
+            index = new.new_zeros(self.batch_size, self.heads.num_kv_heads, room, new.shape[-1])
         elif index.shape[2] < room:
             index = torch.nn.functional.pad(index, (0, 0, 0, room - index.shape[2]))
         index[row, :, begin : begin + new.shape[2]] = new

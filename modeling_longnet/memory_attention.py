@@ -13,7 +13,7 @@ import torch
 from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, merge_attentions
 from .attention_kernels import get_kernel
 from .dilation_plan import SINKS, plan_blocks
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .memory_pieces import PAIRS, PieceAttention, Stretch, make_pieces
 from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
@@ -27,10 +27,7 @@ class MemoryCall:
 
     ranking: Ranking
     start: int
-    num_heads: int
-    num_kv_heads: int
-    head_index_offset: int
-    total_num_heads: int | None
+    heads: Heads
     scale: float
     backend: str
 
@@ -45,10 +42,7 @@ class MemoryCall:
     def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
         """The schedule's part; sinks are read apart where their distance is clamped."""
         length = query.shape[2]
-        blocks = plan_blocks(
-            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + length, key.shape[2],
-            self.head_index_offset, self.total_num_heads,
-        )  # fmt: skip
+        blocks = plan_blocks(self.schedule, self.heads, self.start, self.start + length, key.shape[2])
         if self.clamps(length):
             blocks = tuple(x for x in blocks if x.pattern != SINKS)
         return PlannedAttention(get_kernel(self.backend, query), blocks, self.start, self.scale)
@@ -84,10 +78,9 @@ class MemoryCall:
 
     def offsets(self, device: torch.device) -> torch.Tensor:
         """Of each head in the patterns behind the window, [patterns, H]."""
-        total = self.total_num_heads or self.num_heads
-        heads = range(self.head_index_offset, self.head_index_offset + self.num_heads)
-        offsets = [[self.schedule.offset(r, j, total) for j in heads] for _, r in self.schedule.patterns[1:]]
-        return torch.tensor(offsets, dtype=torch.long, device=device).view(-1, self.num_heads)
+        heads, rates = range(self.heads.num_heads), self.schedule.dilation_rates[1:]
+        offsets = [[self.heads.offset(self.schedule, r, j) for j in heads] for r in rates]
+        return torch.tensor(offsets, dtype=torch.long, device=device).view(-1, len(heads))
 
 
 def _stretches(call: MemoryCall, reads: torch.Tensor, query, key, value) -> Iterator[tuple]:
@@ -95,7 +88,7 @@ def _stretches(call: MemoryCall, reads: torch.Tensor, query, key, value) -> Iter
     [B, H, Q], and their attention to what they read."""
     _, heads, length, count = reads.shape
     size = call.schedule.memory.block_size
-    per_group = heads // call.num_kv_heads
+    per_group = heads // call.heads.num_kv_heads
     offsets = call.offsets(reads.device)
     clamps = call.clamps(length)
     by_rows = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and not clamps
@@ -103,7 +96,7 @@ def _stretches(call: MemoryCall, reads: torch.Tensor, query, key, value) -> Iter
     if clamps:
         reads = call.mark_far(reads, key.shape[2] // size)
     for row in range(len(reads)):
-        for group in range(call.num_kv_heads):
+        for group in range(call.heads.num_kv_heads):
             own = slice(group * per_group, (group + 1) * per_group)
             blocks = [_in_blocks(x, row, group, size).contiguous() for x in (key, value)]
             for begin in range(0, length, tile):
@@ -140,7 +133,7 @@ def _sink_scores(call, query, key, value) -> tuple[torch.Tensor, torch.Tensor, t
     """Logits [B, H, Q, S] of the S sink tokens, their keys and values [B, H, S, D]."""
     sinks, dtype = min(call.schedule.num_sink_tokens, key.shape[2]), torch.promote_types(query.dtype, torch.float32)
     key, value = (
-        x[:, :, :sinks].repeat_interleave(call.num_heads // call.num_kv_heads, 1).to(dtype) for x in (key, value)
+        x[:, :, :sinks].repeat_interleave(call.heads.per_group, 1).to(dtype) for x in (key, value)
     )
     scores = _sink_query(call, query).to(dtype) @ key.mT * call.scale
     position = torch.arange(call.start, call.start + query.shape[2], device=query.device)
@@ -156,7 +149,7 @@ def _sink_gradients(call, grad, query, key, value, out, lse, grads) -> None:
     position = torch.arange(call.start, call.start + query.shape[2], device=query.device)
     turned = (call.schedule.memory.max_distance - position).clamp(max=0)
     grads[0].add_(rotate(scores @ keys, -turned.expand(query.shape[:3]), call.inv_freq))
-    groups, sinks = (call.num_kv_heads, -1), keys.shape[2]
+    groups, sinks = (call.heads.num_kv_heads, -1), keys.shape[2]
     grads[1][:, :, :sinks] += (scores.mT @ _sink_query(call, query).to(weights.dtype)).unflatten(1, groups).sum(2)
     grads[2][:, :, :sinks] += (weights.mT @ grad).unflatten(1, groups).sum(2)
 
@@ -228,7 +221,7 @@ def attend_memory(
     if call.backend == "eager":
         return memory_attention_reference(
             query, key, value, call.schedule, call.start, scale=call.scale, inv_freq=call.inv_freq, chosen=chosen,
-            head_index_offset=call.head_index_offset, total_num_heads=call.total_num_heads, dropout=dropout,
+            heads=call.heads, dropout=dropout,
         )[:2]  # fmt: skip
     return BlockAttention.apply(_WithMemory(call), query, key, value, call.reads(chosen))
 
@@ -243,8 +236,7 @@ def attend_documents(
     *,
     scale: float,
     backend: str,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
+    heads: Heads,
     inv_freq: torch.Tensor | None = None,
     basis: MemoryBasis | None = None,
     dropout: float = 0.0,
@@ -266,9 +258,7 @@ def attend_documents(
         first, last = max(start, query_offset), min(stop, query_offset + length)
         if first >= last:
             continue
-        call = MemoryCall(
-            ranking, first - start, query.shape[1], key.shape[1], head_index_offset, total_num_heads, scale, backend,
-        )  # fmt: skip
+        call = MemoryCall(ranking, first - start, heads, scale, backend)
         q, k = slice(first - query_offset, last - query_offset), slice(start, last)
         part = attend_memory(call, query[rows, :, q], key[rows, :, k], value[rows, :, k], dropout=dropout)
         if part[0].shape == query.shape:
