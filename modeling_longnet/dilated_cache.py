@@ -16,9 +16,8 @@ from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import DilatedLayer, Step
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, Heads, as_integer
-from .document_ids import Documents, find_documents, restore_order
+from .document_ids import Documents, find_documents, order_of_padding_behind, restore_order
 from .transformers_compat import (
-    CACHE,
     LinearAttentionCacheLayerMixin,
     attention_of,
     changes_frequencies,
@@ -30,7 +29,6 @@ from .transformers_compat import (
 
 logger = logging.get_logger(__name__)
 
-_ROOM_STEP = 64  # tokens
 ABORTED = (
     "`cache`: a forward with this cache did not end (an error or an interruption): its layers disagree. Call "
     "`reset()`, or load the state that was saved last."
@@ -44,25 +42,13 @@ def dilated_layer_indices(config) -> list[int]:
     return list(layers) if settings is None else [index for index in settings["layers"] if index in layers]
 
 
-def _keeps_states(layers: list, dilated: list[int]) -> bool:
-    """Whether a dilated layer keeps recurrent states beside its keys (Falcon-H1), for which there are no slots.
-
-    Args:
-        layers: those of the DynamicCache that the model would have. dilated: the indices of the dilated ones.
-    """
-    return any(isinstance(layers[index], LinearAttentionCacheLayerMixin) for index in dilated if index < len(layers))
-
-
 def _padding_first(documents: Documents) -> Documents:
     """With an order that puts padding before the tokens, if there is some behind them; positions stay as they are."""
     ids = documents.ids
     if ids is None or documents.order is not None or torch.compiler.is_compiling():
         return documents
-    padding = ids < 0
-    if not (padding[:, 1:] & ~padding[:, :-1]).any():
-        return documents
-    order = (~padding).to(torch.uint8).argsort(dim=1, stable=True)
-    return documents._replace(ids=ids.gather(1, order), order=order)
+    order = order_of_padding_behind(ids >= 0)
+    return documents if order is None else documents._replace(ids=ids.gather(1, order), order=order)
 
 
 def _check_padding(ids: torch.Tensor, has_waiting: torch.Tensor) -> None:
@@ -103,7 +89,7 @@ class DilatedCache(DynamicCache):
         positions: tokens of each row that are in the slots, int64 [B]; None before the first forward.
         seen: all columns, padding included, int64 [].
         waiting: columns that wait for a `crop` to be kept. pads: how many of them are padding on the left, int64 [B].
-        had_padding_behind: whether padding ever stood behind a row's tokens, so that `position_ids` may have lost count.
+        had_padding_behind: whether padding ever stood behind a row's tokens: `position_ids` may then have lost count.
         step: what the forward that runs needs, between its first and its last dilated layer.
 
     Raises:
@@ -125,7 +111,7 @@ class DilatedCache(DynamicCache):
             raise ValueError("`config` must be that of a causal model, got is_causal=False.")
         depth, dilated = config.num_hidden_layers, dilated_layer_indices(config)
         layers = list(DynamicCache(config=config).layers)[:depth]
-        if _keeps_states(layers, dilated):
+        if any(isinstance(layers[i], LinearAttentionCacheLayerMixin) for i in dilated if i < len(layers)):  # Falcon-H1
             raise ValueError(
                 f"`config`: the dilated layers of {type(config).__name__} keep recurrent states beside their keys, "
                 "which a bounded cache does not. Use DynamicCache(config=model.config)."
@@ -276,7 +262,6 @@ class DilatedCache(DynamicCache):
         attention_mask: torch.Tensor | None,
         scaling: float,
         dropout: float = 0.0,
-        heads: Heads | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
         """An attention function of Transformers' signature: query [B, H, Q, D] -> ([B, Q, H, D], None).
@@ -289,16 +274,16 @@ class DilatedCache(DynamicCache):
                 "earlier tokens would belong to: pass `cache=DynamicCache(config=model.config)`."
             )
         total = module.config.num_attention_heads
-        if heads is None and query.shape[1] != total:
+        if kwargs.get("heads") is None and query.shape[1] != total:
             raise ValueError(f"a bounded cache must know which of {total} heads these are, got {query.shape[1]}.")
         out = self.attend(
             module.layer_idx, query, key, value, attention_mask, config=module.config, scale=scaling, dropout=dropout,
-            backend=attention_of(module.config), heads=heads,
+            backend=attention_of(module.config), heads=kwargs.get("heads"),
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """For models that know no other method: marks a dilated layer's keys, so that a patched attention finds both."""
+        """For models that know no other method: marks a dilated layer's keys for the patched attention to find it."""
         key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(self.layers[layer_idx], DilatedLayer):
             key_states.dilated_cache, key_states.cache_layer = self, layer_idx
@@ -427,26 +412,24 @@ class DilatedCache(DynamicCache):
             self.pads.zero_()
         self.waiting = 0
 
-    def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for layer in self.dilated_layers:
-            layer.map_batch(function)
+    def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor], name: str, argument) -> None:
+        for layer in self.layers:
+            if isinstance(layer, DilatedLayer):
+                layer.map_batch(function)
+            else:
+                getattr(layer, name)(argument)
         if self.positions is not None:
             self.positions, self.pads = function(self.positions), function(self.pads)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
-        for layer in self._plain_layers:
-            layer.reorder_cache(beam_idx)
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)), "reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
-        for layer in self._plain_layers:
-            layer.batch_repeat_interleave(repeats)
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0), "batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map_batch(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
-        for layer in self._plain_layers:
-            layer.batch_select_indices(indices)
+        rows = torch.as_tensor(indices)
+        self._map_batch(lambda x: x[rows.to(x.device)], "batch_select_indices", indices)
 
     def reset(self) -> None:
         for layer in self._plain_layers:
@@ -458,10 +441,6 @@ class DilatedCache(DynamicCache):
             for tensor in (self.positions, self.pads, self.seen):
                 tensor.zero_()
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """-1: texts have no maximum length."""
-        return -1
-
     def memory_footprint(self) -> int:
         """Bytes of keys and values in all slots: see the formula above. 0 before the first forward.
 
@@ -471,60 +450,4 @@ class DilatedCache(DynamicCache):
         return sum(x.numel() * x.element_size() for layer in layers for x in layer.stored().values())
 
 
-def _refuse_changing_frequencies(config, generation_config, model_kwargs: dict, length: int) -> None:
-    """Raises a ValueError where RoPE would rotate the first tokens otherwise than the last ones of up to `length`."""
-    rope = length_dependent_rope(config)
-    if rope is None:
-        return
-    positions = model_kwargs.get("position_ids")
-    first = 1 if positions is None else int(positions.max()) + 1
-    first = min(first, getattr(generation_config, "prefill_chunk_size", None) or first)
-    if changes_frequencies(rope, first, length):
-        raise ValueError(
-            f"`max_length`: with rope_type {rope[0]!r} texts of more than {rope[1]} tokens have other frequencies than "
-            f"shorter ones, got up to {length} tokens from a prompt of {first}: a bounded cache cannot change those of "
-            "the keys that it holds. Ask for fewer tokens, or pass `cache_implementation='dynamic'` or "
-            "`use_cache=False`."
-        )
-
-
-def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cache_length: int) -> bool:
-    """Puts a DilatedCache into `generate`'s arguments, unless another cache, or weights of all keys, are wanted.
-
-    Raises:
-        ValueError: in training with gradient checkpointing, where the layers run without any cache; where rotary
-            frequencies would change on the way.
-    """
-    checkpointed = model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
-    if checkpointed and generation_config.use_cache is not False:
-        raise ValueError(
-            "`generate` cannot use a cache in training with gradient checkpointing, which sets caches aside: call "
-            "`model.eval()` before, or pass `use_cache=False`."
-        )
-    mask = model_kwargs.get("attention_mask")
-    if generation_config.is_assistant and mask is not None and mask.dim() == 2:
-        # `generate` has taken each padding token among the drafted ones for padding.
-        model_kwargs["attention_mask"] = mask.long().cummax(1).values
-    if (
-        model_kwargs.get(CACHE) is not None
-        or generation_config.use_cache is False
-        or generation_config.cache_implementation is not None
-        or generation_config.output_attentions
-    ):
-        return False
-    if not dilated_layer_indices(text_config_of(model.config)):
-        return False
-    patch = getattr(model, "dilated_attention_report", None)
-    if patch is not None and patch.unbounded:
-        logger.warning_once(f"`generate` takes {type(model).__name__}'s own cache, which grows: {patch.unbounded}")
-        return False
-    _refuse_changing_frequencies(text_config_of(model.config), generation_config, model_kwargs, max_cache_length)
-    # In steps, so that texts of nearly the same length get slots of the same shape.
-    steps = max(1, -(-max_cache_length // _ROOM_STEP))
-    model_kwargs[CACHE] = DilatedCache(model.config, max_length=steps * _ROOM_STEP)
-    if generation_config.is_assistant:
-        model_kwargs[CACHE].activate_past_recording()
-    return True
-
-
-__all__ = ["DilatedCache", "prepare_dilated_cache"]
+__all__ = ["DilatedCache"]

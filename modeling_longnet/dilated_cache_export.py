@@ -4,15 +4,11 @@ Transformers' exporters take any cache apart attribute by attribute, as a tree. 
 tensor with it, which would come back as one of each layer's own.
 """
 
-from dataclasses import astuple
-
 import torch
 from torch.utils import _pytree
 
 from .configuration_longnet import LongNetConfig
-from .dilated_cache_layer import DilatedLayer
-from .dilated_cache_layout import SlotLayout
-from .dilation_schedule import Heads
+from .dilated_cache_layer import DilatedLayer, read_layout_name
 
 
 # Exporters before 5.20 count tensors by walking through `__dict__`s: the order is the one in which they come there.
@@ -33,12 +29,10 @@ def _flatten(cache) -> tuple[list[torch.Tensor], dict]:
         "heads_per_key": layers[0].heads_per_key,
         "max_length": layers[0].max_length,
         "had_padding_behind": bool(cache.had_padding_behind),
-        "heads": None,
+        "layout": layers[0].place and layers[0].place[0],
     }
     if cache.positions is None:
         return [], context
-    layout = layers[0].layout
-    context["heads"] = list(astuple(layout.heads))
     return [getattr(cache, name) for name in TIMES] + [x for y in layers for x in (y.keys, y.values)], context
 
 
@@ -63,8 +57,7 @@ def _maker(kind: type):
         for layer in cache.dilated_layers:
             keys, values = tensors.pop(0), tensors.pop(0)
             if isinstance(keys, torch.Tensor):  # `torch.export` also asks for caches of numbers
-                layout = SlotLayout(layer.schedule, Heads(*context["heads"]), layer.max_length)
-                layer.continue_with(keys, values, layout)
+                layer.continue_with(keys, values, read_layout_name(context["layout"]))
             else:
                 layer.keys, layer.values = keys, values
         return cache

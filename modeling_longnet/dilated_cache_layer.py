@@ -1,18 +1,24 @@
 """One layer of a bounded cache: its slots, how one token or a chunk attends to them, and what is written into them.
 
-Letters: B batch, H query heads, G key/value heads, Q query tokens, S slots, D head dimension.
+Letters: B batch, H query heads, G key/value heads, Q query tokens, P tokens that are not in the slots yet (the queries
+are the last of them), S slots, D head dimension.
 """
 
+import json
+import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention_kernels import as_autocast, refuse_tangents
-from .dilated_cache_attention import attend_chunk, compiled_chunk, layout_name
+from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule, Heads
+from .visible_attention import attend_visible
 
 
 @dataclass
@@ -56,6 +62,109 @@ def attend_slots(
     return out.flatten(1, 2).unsqueeze(2)
 
 
+def _same_phase(schedule: DilationSchedule, start: int) -> int:
+    """A distance by which the texts' beginning may be moved towards `start` so that every segment stays as it is.
+
+    Positions that repeat make plans that repeat, which are then looked up instead of made.
+    """
+    period = math.lcm(*schedule.segment_lengths, schedule.window or 1)
+    reach = -(-(schedule.num_sink_tokens + schedule.dense_start + schedule.window) // period)
+    return max(0, start // period - reach) * period
+
+
+def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
+    """The rows of the batch that stand at one position and have no padding in this chunk."""
+    settings = {"heads": layout.heads, "scale": scale, "backend": backend}
+    if origin == 0:
+        return scheduled_attention(query, key, value, layout.schedule, **settings)
+    start = origin + key.shape[2] - query.shape[2]
+    shift = _same_phase(layout.schedule, origin)
+
+    def locate(block):
+        return layout.locate(block, origin - shift, layout.allocated, query.device)
+
+    buffer = (torch.cat(pair, dim=2) for pair in zip(slots, (key, value)))
+    return attend_visible(
+        query, *buffer, layout.schedule, locate,
+        query_start=start - shift, length=start - shift + query.shape[2], **settings,
+    )  # fmt: skip
+
+
+def attend_chunk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: tuple[torch.Tensor, torch.Tensor],
+    layout: SlotLayout,
+    origins: list[int],
+    pads: list[int],
+    scale: float,
+    backend: str | None,
+) -> torch.Tensor:
+    """Attention of the last Q of P new tokens, [B, H, Q, D]; padding queries give zeros.
+
+    Args:
+        query: [B, H, Q, D]. key, value: [B, G, P, D].
+        slots: keys and values of what came before, [B, G, S, D].
+        origins: per row, the position of its first new token that is no padding.
+        pads: per row, how many of the P columns are padding, all on the left.
+    """
+    batch, _, query_length, _ = query.shape
+    waiting = key.shape[2] - query_length
+    groups = {}
+    for row, place in enumerate(zip(origins, pads)):
+        groups.setdefault(place, []).append(row)
+    outs = []
+    for (origin, pad), rows in groups.items():
+        skipped = min(max(0, pad - waiting), query_length)
+        tensors = (query[:, :, skipped:], key[:, :, pad:], value[:, :, pad:], *slots)
+        q, k, v, *past = tensors if len(groups) == 1 else (x[rows] for x in tensors)
+        if skipped < query_length:
+            q = _attend_rows(q, k, v, past, layout, origin, scale, backend)
+        outs.append(torch.nn.functional.pad(q, (0, 0, skipped, 0)))
+    if len(groups) == 1:
+        return outs[0]
+    order = torch.tensor([row for rows in groups.values() for row in rows], device=query.device)
+    return torch.cat(outs).index_select(0, order.argsort())
+
+
+# A compiled forward sees chunks as one opaque operator. Operators take no Python objects, so layouts go as text.
+def layout_name(layout: SlotLayout) -> str:
+    """The layout as the compiled operator takes it."""
+    return json.dumps(asdict(layout))
+
+
+@lru_cache(maxsize=64)
+def read_layout_name(name: str) -> SlotLayout:
+    """The layout that `layout_name` wrote."""
+    fields = json.loads(name)
+    schedule = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["schedule"].items()}
+    return SlotLayout(DilationSchedule(**schedule), Heads(**fields["heads"]), fields["max_length"])
+
+
+def _compiled_chunk(query, key, value, slots_key, slots_value, origins, pads, layout, scale, backend):
+    out = attend_chunk(
+        query, key, value, (slots_key, slots_value), read_layout_name(layout), origins.tolist(), pads.tolist(), scale,
+        backend or None,
+    )  # fmt: skip
+    return out.contiguous()
+
+
+_NAMESPACE = "longnet_" + re.sub(r"\W", "_", __name__)
+compiled_chunk = torch.library.custom_op(
+    f"{_NAMESPACE}::chunk",
+    _compiled_chunk,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor slots_key, Tensor slots_value, Tensor origins, "
+    "Tensor pads, str layout, float scale, str backend) -> Tensor",
+)
+
+
+@compiled_chunk.register_fake
+def _(query, *others):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
 class DilatedLayer(CacheLayerMixin):
     """The slots of one layer: `keys` and `values` [B, G, S, D].
 
@@ -63,7 +172,7 @@ class DilatedLayer(CacheLayerMixin):
     """
 
     # Exporters walk through each `__dict__` as through a tree: what they would count twice, or cannot set, is in slots.
-    __slots__ = ("layout", "schedule", "seen", "tables")
+    __slots__ = ("heads", "layout", "schedule", "seen", "tables")
     is_croppable = True
     is_sliding = False
 
@@ -74,6 +183,7 @@ class DilatedLayer(CacheLayerMixin):
         self.is_compileable = max_length is None  # else it may grow, as a DynamicCache does
         self.record_past = self.awaited = False
         self.layout: SlotLayout | None = None
+        self.place: tuple[str, str] | None = None  # layout and device, by name
         self.seen: torch.Tensor | None = None
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -149,7 +259,7 @@ class DilatedLayer(CacheLayerMixin):
             blind = None if self.schedule.selects_every_query else ~live.any(-1)
             if step.is_padded:
                 padding = step.new_pads.to(self.device) > 0
-                targets = torch.where(padding[:, None, None], self.layout.spill, targets)
+                targets = torch.where(padding[:, None, None], self.layout.size, targets)
                 blind = padding[:, None].expand(live.shape[:2]) if blind is None else blind | padding[:, None]
             bias = torch.zeros((), dtype=query.dtype, device=self.device).where(live, -torch.inf)
             return bias, targets, blind
@@ -236,17 +346,11 @@ class DilatedLayer(CacheLayerMixin):
             return 0
         return self.seen + 0 if torch.compiler.is_compiling() else int(self.seen)
 
-    def get_query_offset(self) -> int | torch.Tensor:
-        return self.get_seq_length()
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | torch.Tensor]:
         """A mask over the new tokens alone: what came before is the cache's own affair."""
         return query_length, self.get_seq_length()
 
     def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
         return -1
 
     def activate_past_recording(self) -> None:

@@ -26,30 +26,31 @@ NOWHERE = 2**31 - 1  # an in-segment index that no query ever reaches, and a slo
 
 @dataclass(frozen=True)
 class PatternSlots:
-    """The slots [base, base + classes * rows) of one pattern."""
+    """The slots [base, base + classes * rows) of one pattern (w, r)."""
 
     index: int
+    w: int
+    r: int
     base: int
     classes: int
     rows: int
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Tensors on one device; per pattern that has slots of its own.
+class PatternTables:
+    """Tensors on one device, of a pattern that has slots of its own.
 
     offsets: s of each head [H]. own_class: one-hot over the classes, bool [H, U, 1]. rows: in-segment index of each row
     of the head's own class, int32 [H, c]. class_offsets: s of each class or -1 [G, U]. class_rows: in-segment index of
-    each slot, int32 [G, U * c]. lattices: for each earlier pattern whether it selects the row, bool [H, c], where that
-    does not depend on the segment.
+    each slot, int32 [G, U * c].
     """
 
-    offsets: tuple[torch.Tensor, ...]
-    own_class: tuple[torch.Tensor, ...]
-    rows: tuple[torch.Tensor, ...]
-    class_offsets: tuple[torch.Tensor, ...]
-    class_rows: tuple[torch.Tensor, ...]
-    lattices: tuple[tuple[torch.Tensor | None, ...], ...]
+    slots: PatternSlots
+    offsets: torch.Tensor
+    own_class: torch.Tensor
+    rows: torch.Tensor
+    class_offsets: torch.Tensor
+    class_rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class SlotLayout:
             w, r = self.schedule.patterns[i]
             groups = [range(g * per_group, (g + 1) * per_group) for g in range(self.heads.num_kv_heads)]
             classes = max(len({self._offset(i, j) for j in heads}) for heads in groups)
-            slots.append(PatternSlots(i, base, classes, -(-self._bounded(w) // r)))
+            slots.append(PatternSlots(i, w, r, base, classes, -(-self._bounded(w) // r)))
             base += classes * slots[-1].rows
         return tuple(slots)
 
@@ -111,15 +112,11 @@ class SlotLayout:
         """`size` and at least one more, where rows go that nobody keeps; a multiple of 8, as fused kernels want it."""
         return self.size // 8 * 8 + 8
 
-    @property
-    def spill(self) -> int:
-        return self.size
-
-    def tables(self, device: torch.device) -> Tables:
+    def tables(self, device: torch.device) -> tuple[PatternTables, ...]:
         # What is made while a program is traced must not be found by others.
         return (_tables.__wrapped__ if torch.compiler.is_compiling() else _tables)(self, device)
 
-    def live(self, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def live(self, positions: torch.Tensor, tables: tuple[PatternTables, ...]) -> torch.Tensor:
         """Which slots the queries at `positions` [B] see, bool [B, H, allocated]; their own rows are written before."""
         schedule, device = self.schedule, positions.device
         p = positions[:, None]
@@ -133,18 +130,19 @@ class SlotLayout:
             held = p - (p - slots) % schedule.dense_start
             near = (held > p - schedule.window) | (p < schedule.dense_start)
             parts.append((near & (held >= schedule.num_sink_tokens))[:, None].expand(shape))
-        for n, slots in enumerate(self.patterns):
-            own = self._own_live(n, slots, positions, tables)
-            parts.append((own[:, :, None] & tables.own_class[n]).flatten(2))
+        for n, table in enumerate(tables):
+            own = self._own_live(table, tables[:n], positions)
+            parts.append((own[:, :, None] & table.own_class).flatten(2))
         parts.append(torch.zeros(*shape[:2], self.allocated - self.size, dtype=torch.bool, device=device))
         return torch.cat(parts, dim=-1)
 
-    def _own_live(self, n: int, slots: PatternSlots, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def _own_live(
+        self, table: PatternTables, earlier_tables: tuple[PatternTables, ...], positions: torch.Tensor
+    ) -> torch.Tensor:
         """Bool [B, H, c] over the rows of each head's own class."""
-        schedule = self.schedule
-        w, r = schedule.patterns[slots.index]
-        t, rows = positions % w, tables.rows[n]
-        selected = (t % r)[:, None] == tables.offsets[n]
+        schedule, rows = self.schedule, table.rows
+        t = positions % table.slots.w
+        selected = (t % table.slots.r)[:, None] == table.offsets
         at = t.int()[:, None, None]
         live = (rows <= at) & selected[..., None]
         if schedule.num_sink_tokens:
@@ -154,36 +152,32 @@ class SlotLayout:
             return live
         if schedule.window:
             live = live & (rows <= at - schedule.window) & (positions >= schedule.dense_start)[:, None, None]
-        for m in range(n):
-            earlier_w, earlier_r = schedule.patterns[self.patterns[m].index]
-            inside = positions % earlier_w  # index of the query in its segment of the earlier pattern
+        for earlier in earlier_tables:
+            inside = positions % earlier.slots.w  # index of the query in its segment of the earlier pattern
             begin = (t - inside).int()[:, None, None]
-            lattice = tables.lattices[n][m]
-            if lattice is None:
-                lattice = (rows - begin) % earlier_r == tables.offsets[m][:, None]
-            offered = (inside % earlier_r)[:, None] == tables.offsets[m]
+            lattice = (rows - begin) % earlier.slots.r == earlier.offsets[:, None]
+            offered = (inside % earlier.slots.r)[:, None] == earlier.offsets
             live = live & ~(lattice & (rows >= begin) & offered[..., None])
         return live
 
-    def targets(self, positions: torch.Tensor, tables: Tables) -> torch.Tensor:
-        """The slots [B, G, n] that take the row of `positions` [B]; `spill` where a pattern does not select it."""
+    def targets(self, positions: torch.Tensor, tables: tuple[PatternTables, ...]) -> torch.Tensor:
+        """The slots [B, G, n] that take the row of `positions` [B]; `size` where a pattern does not select it."""
         schedule, p = self.schedule, positions[:, None, None]
         shape = (len(positions), self.heads.num_kv_heads, -1)
         parts = []
         if schedule.num_sink_tokens:
-            parts.append(torch.where(p < schedule.num_sink_tokens, p, self.spill).expand(shape))
+            parts.append(torch.where(p < schedule.num_sink_tokens, p, self.size).expand(shape))
         if schedule.window:
             parts.append((schedule.num_sink_tokens + p % schedule.dense_start).expand(shape))
-        for n, slots in enumerate(self.patterns):
-            w, r = schedule.patterns[slots.index]
-            t = p % w
+        for table in tables:
+            slots, t = table.slots, p % table.slots.w
             first = slots.base + slots.rows * torch.arange(slots.classes, device=positions.device)
-            parts.append(torch.where(t % r == tables.class_offsets[n], first + t // r, self.spill))
+            parts.append(torch.where(t % slots.r == table.class_offsets, first + t // slots.r, self.size))
         targets = torch.cat(parts, dim=-1)
         # Beyond the bound there is no slot: an index error, rather than another pattern's slot.
         return targets if self.max_length is None else torch.where(p < self.max_length, targets, NOWHERE)
 
-    def sources(self, first: torch.Tensor, last: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def sources(self, first: torch.Tensor, last: torch.Tensor, tables: tuple[PatternTables, ...]) -> torch.Tensor:
         """Which of the positions [first, last] (both [B]) each slot takes, [B, G, allocated]; -1 for none."""
         schedule, device = self.schedule, first.device
         first, last = first[:, None, None], last[:, None, None]
@@ -196,10 +190,10 @@ class SlotLayout:
             slots = torch.arange(self.window_slots, device=device)
             held = last - (last - slots) % schedule.dense_start
             parts.append(torch.where(held >= first, held, -1).expand(shape))
-        for n, slots in enumerate(self.patterns):
-            t = last % schedule.segment_lengths[slots.index]
-            held = last - t + tables.class_rows[n]
-            parts.append(torch.where((tables.class_rows[n] <= t) & (held >= first), held, -1))
+        for table in tables:
+            t = last % table.slots.w
+            held = last - t + table.class_rows
+            parts.append(torch.where((table.class_rows <= t) & (held >= first), held, -1))
         parts.append(first.new_full((*shape[:2], self.allocated - self.size), -1))
         return torch.cat(parts, dim=-1)
 
@@ -210,9 +204,8 @@ class SlotLayout:
         if block.pattern == 0 and self.schedule.window:
             return self.schedule.num_sink_tokens + positions % self.schedule.dense_start
         slots = self.patterns[block.pattern - bool(self.schedule.window)]
-        w, r = self.schedule.patterns[block.pattern]
         offset_class = self._class(block.pattern, block.heads.start, slots.classes)
-        return slots.base + offset_class * slots.rows + positions % w // r
+        return slots.base + offset_class * slots.rows + positions % slots.w // slots.r
 
     def locate(self, block: Block, origin: int, column: int, device: torch.device) -> Rows | torch.Tensor:
         """Where a block's keys lie in a buffer whose first rows are the slots (for positions before `origin`), and
@@ -230,26 +223,17 @@ class SlotLayout:
 
 
 @lru_cache(maxsize=64)
-def _tables(layout: SlotLayout, device: torch.device) -> Tables:
-    columns = [[] for _ in range(6)]
-    heads, per_group = range(layout.heads.num_heads), layout.heads.per_group
-    for n, slots in enumerate(layout.patterns):
-        w, r = layout.schedule.patterns[slots.index]
-        offsets = torch.tensor([layout._offset(slots.index, j) for j in heads])
-        classes = torch.tensor([layout._class(slots.index, j, slots.classes) for j in heads])
+def _tables(layout: SlotLayout, device: torch.device) -> tuple[PatternTables, ...]:
+    tables, heads = [], torch.arange(layout.heads.num_heads)
+    for slots in layout.patterns:
+        offsets = torch.tensor([layout._offset(slots.index, j) for j in heads.tolist()])
+        classes = torch.tensor([layout._class(slots.index, j, slots.classes) for j in heads.tolist()])
         class_offsets = torch.full((layout.heads.num_kv_heads, slots.classes), -1)
-        class_offsets[torch.arange(len(heads)) // per_group, classes] = offsets
-        row = r * torch.arange(slots.rows)
-        rows = offsets[:, None] + row
-        class_rows = class_offsets[..., None] + row
-        class_rows = class_rows.masked_fill((class_offsets < 0)[..., None] | (class_rows >= w), NOWHERE).flatten(1)
-        lattices = []
-        for m in range(n):
-            earlier_w, earlier_r = layout.schedule.patterns[layout.patterns[m].index]
-            lattice = rows % earlier_w % earlier_r == columns[0][m].cpu()[:, None]
-            lattices.append(lattice.to(device) if w % earlier_w == 0 else None)
-        own_class = classes[:, None] == torch.arange(slots.classes)
-        values = (offsets, own_class[..., None], rows.int(), class_offsets, class_rows.int())
-        for column, value in zip(columns, (*(v.to(device) for v in values), tuple(lattices))):
-            column.append(value)
-    return Tables(*map(tuple, columns))
+        class_offsets[heads // layout.heads.per_group, classes] = offsets
+        row = slots.r * torch.arange(slots.rows)
+        rows, class_rows = offsets[:, None] + row, class_offsets[..., None] + row
+        class_rows = class_rows.masked_fill((class_offsets < 0)[..., None] | (class_rows >= slots.w), NOWHERE)
+        own_class = classes[:, None, None] == torch.arange(slots.classes)[:, None]
+        values = (offsets, own_class, rows.int(), class_offsets, class_rows.flatten(1).int())
+        tables.append(PatternTables(slots, *(v.to(device) for v in values)))
+    return tuple(tables)

@@ -179,7 +179,12 @@ def padding_to_front(real: torch.Tensor) -> torch.Tensor:
     return real.to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def _side_by_side_order(
+def order_of_padding_behind(real: torch.Tensor) -> torch.Tensor | None:
+    """`padding_to_front`, where there is padding behind a row's tokens."""
+    return padding_to_front(real) if bool((real[:, :-1] & ~real[:, 1:]).any()) else None
+
+
+def side_by_side_order(
     ids: torch.Tensor, query_length: int, query_offset: int | torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Order [B, N] that moves padding to the front, if there is some between the tokens of a document; `ids` [B, N].
@@ -199,7 +204,7 @@ def _side_by_side_order(
     if not is_whole and real[:, int(query_offset) :].int().diff(dim=1).lt(0).any():
         raise ValueError(
             "`attention_mask` has padding between the tokens of a row, which a static cache or a padded continuation "
-            "cannot put aside. Pad on the left instead."
+            "cannot put aside. Pad these tokens on the left."
         )
     return padding_to_front(real), split[:, : int(query_offset)].any(1, keepdim=True)
 
@@ -298,7 +303,7 @@ def find_documents(
             return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
         begins = begins.index_copy(1, slots, begins_of_queries)
     ids = torch.where(real, begins.cumsum(1), -1)
-    order, is_split = _side_by_side_order(ids, query_length, query_offset)
+    order, is_split = side_by_side_order(ids, query_length, query_offset)
     if order is not None:
         ids = ids.gather(1, order)
     first = first if is_split is None else first.masked_fill(is_split, 0)  # their positions tell no beginning

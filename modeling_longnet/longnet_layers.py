@@ -51,14 +51,6 @@ def operator_arguments(
     }
 
 
-def _eager_with_memory(query, key, value, arguments: dict) -> tuple[torch.Tensor, None]:
-    """The definition of attention with a memory, which gives no weights."""
-    if holds_pairs(arguments["document_ids"]):
-        raise ValueError("`attention_mask` of pairs tells no document, of whose blocks a `memory` could choose.")
-    output = scheduled_attention(query, key, value, **arguments, backend="eager")
-    return output.transpose(1, 2).contiguous(), None
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -68,11 +60,15 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: query [B, H, Q, D], key and value [B, G, N, D] to output [B, Q, H, D], weights [B, H, Q, N]."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The definition: query [B, H, Q, D], key and value [B, G, N, D] to output [B, Q, H, D], weights [B, H, Q, N]; a
+    memory gives no weights."""
     arguments = operator_arguments(module, attention_mask, scaling, dropout, **kwargs)
     if arguments["schedule"].memory is not None:
-        return _eager_with_memory(query, key, value, arguments)
+        if holds_pairs(attention_mask):
+            raise ValueError("`attention_mask` of pairs tells no document, of whose blocks a `memory` could choose.")
+        output = scheduled_attention(query, key, value, **arguments, backend="eager")
+        return output.transpose(1, 2).contiguous(), None
     if holds_pairs(attention_mask):
         if module.config.padding == "zeros":
             raise ValueError("`attention_mask` of pairs tells no document's length, which `padding='zeros'` needs.")

@@ -34,7 +34,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .chunked_loss import LanguageModelHead
 from .configuration_longnet import AUTO_MAP, LongNetConfig
-from .dilated_cache import prepare_dilated_cache
+from .dilated_cache_generation import prepare_dilated_cache
 from .document_ids import encode_documents, read_documents, without_gradient_of_padding
 from .longnet_layers import ALL_ATTENTION_FUNCTIONS, LongNetAttention, LongNetDecoderLayer
 from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding

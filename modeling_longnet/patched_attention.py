@@ -276,7 +276,7 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
     if order is not None:
         key, value = (reorder(x, order, dim=2) for x in (key, value))
         query = reorder(query, order, dim=2) if query_length == length else query
-        ids, query_offset = ids.gather(1, order), None
+        ids = ids.gather(1, order)
     out = scheduled_attention(
         query, key, value, schedule, scale=scaling, dropout=dropout, heads=heads, document_ids=ids,
         query_offset=query_offset, backend=settings["backend"],

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .document_ids import check_position_ids, document_positions, padding_to_front
+from .document_ids import check_position_ids, document_positions, order_of_padding_behind, side_by_side_order
 from .transformers_compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_of, causal_mask_function
 
 
@@ -50,10 +50,13 @@ def is_compact_mask(mask: object) -> bool:
     return is_integer and mask.ndim == 4 and mask.shape[1:3] == (1, len(ROWS))
 
 
-def _padding_ids(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
-    """Document ids [B, N or more] from a 2-D mask: 1 = real, -1 = padding."""
+def _padding_ids(attention_mask: torch.Tensor, kv_length: int, end: int | torch.Tensor | None) -> torch.Tensor:
+    """Document ids [B, N or more] from a 2-D mask: 1 = real, -1 = padding. What a static cache has not filled yet, from
+    `end` on, looks like the last query; causality hides it."""
     real = attention_mask.bool()
     real = torch.nn.functional.pad(real, (0, max(0, kv_length - real.shape[1])), value=False)
+    if end is not None:
+        real = real[:, torch.arange(real.shape[1], device=real.device).clamp(max=end - 1)]
     if torch.compiler.is_compiling():  # no value can be asked for, and none must come out wrong
         begins = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
         torch._assert_async(
@@ -126,9 +129,10 @@ def dilated_mask(
     covers_past = isinstance(kv_offset, int) and kv_offset == 0
     earlier = 0 if covers_past else -1
     if attention_mask is not None:
-        room = kv_offset + kv_length
-        _check_width(attention_mask, q_offset + q_length, room, None if covers_past else q_length)
-        ids = _padding_ids(attention_mask, kv_length)
+        room, end = kv_offset + kv_length, q_offset + q_length
+        _check_width(attention_mask, end, room, None if covers_past else q_length)
+        has_room = covers_past and not (isinstance(end, int) and end == kv_length)
+        ids = _padding_ids(attention_mask, kv_length, end if has_room else None)
         if ids.shape[1] > kv_length:
             earlier = (ids[:, :-kv_length] >= 0).sum(1, keepdim=True)
             ids = ids[:, -kv_length:]
@@ -176,22 +180,6 @@ def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tenso
     return begins.scatter(1, index, begins.gather(1, index) | jumps).scatter(1, first, True)
 
 
-def _order_of_split_rows(ids: torch.Tensor, new: slice) -> torch.Tensor | None:
-    """The `order` of a Layout, or None; ids [B, N], negative for padding; `new` are the queries among the keys."""
-    real = ids >= 0
-    begins = real.clone()
-    begins[:, 1:] &= ~real[:, :-1]
-    if int(begins.sum(1).max()) <= 1:
-        return None
-    queries = real[:, new]
-    if queries.shape[1] < ids.shape[1] and bool((queries[:, :-1] & ~queries[:, 1:]).any()):
-        raise ValueError(
-            "`attention_mask` has padding behind tokens that go on from a cache: their rows could not stand side by "
-            "side. Pad these tokens on the left."
-        )
-    return padding_to_front(real)
-
-
 def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
     """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
     ids, offset, given = mask[:, 0, IDS].long(), mask[0, 0, OFFSET, 0].long(), mask[0, 0, GIVEN, 0] > 0
@@ -209,7 +197,7 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
     if bool(given):
         if bool((ids >= 0).all()):
             return Layout(None, at, False)
-        return Layout(ids, at, False, _order_of_split_rows(ids, slice(int(offset), int(offset) + query_length)))
+        return Layout(ids, at, False, side_by_side_order(ids, query_length, int(offset))[0])
     begins = _restarts(position_ids, offset, ids)
     is_packed = bool(begins[:, 1:].any())
     return Layout(begins.cumsum(1) if is_packed else None, at, is_packed)
@@ -239,8 +227,7 @@ def chunk_order(mask: torch.Tensor | None, query_length: int) -> torch.Tensor | 
         return None
     if not hasattr(mask, ORDER_MARK):
         real = mask[:, 0, IDS, -query_length:] >= 0
-        is_behind = bool((real[:, :-1] & ~real[:, 1:]).any())
-        setattr(mask, ORDER_MARK, padding_to_front(real) if is_behind else None)
+        setattr(mask, ORDER_MARK, order_of_padding_behind(real))
     return getattr(mask, ORDER_MARK)
 
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from .adapter_files import SETTINGS_NAME, AdapterRecord, resize_for_adapter, write_settings
 from .attention_kernels import BACKENDS
-from .dilated_cache import prepare_dilated_cache
+from .dilated_cache_generation import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule, as_plain
 from .memory_files import BASIS_NAME, read_bases, set_bases, write_bases
 from .memory_patch import attach_memories, find_layer_memories, resolve_memory

@@ -46,8 +46,8 @@ CODE = {
     "attention_kernels.py",
     # the bounded cache
     "dilated_cache.py",
-    "dilated_cache_attention.py",
     "dilated_cache_export.py",
+    "dilated_cache_generation.py",
     "dilated_cache_layer.py",
     "dilated_cache_layout.py",
     "visible_attention.py",
