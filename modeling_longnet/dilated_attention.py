@@ -284,7 +284,7 @@ def scheduled_attention(
         offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
         out, lse = _forward_op(
             query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset,
-            [heads.first, heads.total], schedule.to_text(), scale, backend,
+            [heads.first, heads.total or heads.num_heads], schedule.to_text(), scale, backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
