@@ -182,6 +182,7 @@ class DilatedLayer(CacheLayerMixin):
         self.max_length = max_length if max_length and max_length < max(schedule.segment_lengths) else None
         self.is_compileable = max_length is None  # else it may grow, as a DynamicCache does
         self.record_past = self.awaited = False
+        self.heads: Heads | None = None
         self.layout: SlotLayout | None = None
         self.place: tuple[str, str] | None = None  # layout and device, by name
         self.seen: torch.Tensor | None = None
@@ -190,16 +191,16 @@ class DilatedLayer(CacheLayerMixin):
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
     ) -> None:
-        layout = SlotLayout(self.schedule, heads or self.heads_of(key_states), self.max_length)
+        layout = SlotLayout(self.schedule, heads or self.heads_of(key_states.shape[1]), self.max_length)
         slots = [x.new_zeros(*x.shape[:2], layout.allocated, x.shape[-1]) for x in (key_states, value_states)]
         if not torch.compiler.is_compiling():
             for x in slots:
                 torch._dynamo.mark_static_address(x)
         self.continue_with(*slots, layout)
 
-    def heads_of(self, key_states: torch.Tensor) -> Heads:
-        """All heads of a layer with keys [B, G, N, D]."""
-        return Heads(key_states.shape[1] * self.heads_per_key, key_states.shape[1])
+    def heads_of(self, groups: int) -> Heads:
+        """All heads of a layer with so many key/value heads."""
+        return Heads(groups * self.heads_per_key, groups)
 
     def continue_with(self, keys: torch.Tensor, values: torch.Tensor, layout: SlotLayout) -> None:
         """Goes on with the slots [B, G, S, D] that another layer filled in this layout."""
@@ -322,6 +323,10 @@ class DilatedLayer(CacheLayerMixin):
     def stored(self) -> dict[str, torch.Tensor]:
         """What is kept of the text, by name."""
         return {"keys": self.keys, "values": self.values}
+
+    def bytes(self) -> dict[str, int]:
+        """What that takes, by where it lies."""
+        return {"device": sum(x.nbytes for x in self.stored().values())}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes what `stored` gave for another layer of this kind and size, of which `keys` and `values` exist.

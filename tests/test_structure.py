@@ -21,6 +21,7 @@ ALLOWED = {
     "_tables keeps results": "a pure function of numbers, a schedule and a device",
     "from_text keeps results": "a pure function of a text",
     "eager_attention_of keeps results": "a module that is loaded stays what it is",
+    "plan_launches keeps results": "a pure function of numbers and a schedule",
     "plan_exchange keeps results": "a pure function of numbers, a schedule and a device",
 }  # fmt: skip
 
