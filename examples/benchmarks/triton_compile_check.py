@@ -23,7 +23,7 @@ import torch
 from examples.reporting import provenance, write_json
 from modeling_longnet import triton_attention
 from modeling_longnet.attention_kernels import HAS_TRITON
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -50,7 +50,7 @@ def record_launches(schedule: DilationSchedule, dtype: torch.dtype, width: int, 
         (kernel, arguments, tiles)
     )
     try:
-        call = triton_attention.TritonCall(query, key, value, ids, 0, schedule, 0, None, width**-0.5)
+        call = triton_attention.TritonCall(query, key, value, ids, 0, schedule, Heads.of(query, key), width**-0.5)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
         triton_attention.triton_forward(call, out, lse)
         triton_attention.triton_backward(call, torch.empty_like(out), out, lse)
