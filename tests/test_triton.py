@@ -369,7 +369,7 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-W", "ignore", "-m", "examples.benchmarks.triton_compile_check", "--arch", "90",
-               "--head_dim", "64", "--schedule", "once, sinks, window", "--output",
+               "--head-dim", "64", "--schedule", "once, sinks, window", "--output",
                str(tmp_path / "kernels.json")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
