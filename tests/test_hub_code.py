@@ -44,6 +44,9 @@ CODE = {
     "dilation_plan.py",
     "attention_blocks.py",
     "attention_kernels.py",
+    "triton_attention.py",
+    "triton_kernels.py",
+    "triton_key_kernels.py",
     # the bounded cache
     "dilated_cache.py",
     "dilated_cache_export.py",
