@@ -57,7 +57,9 @@ def choose_tiles(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
         return Tiles(32, 32, 4, 1) if width <= 64 else Tiles(16, 16, 4, 1)
     if width <= 64:
         return Tiles(64, 64, 8, 2) if kernel == "key_grad" else Tiles(64, 64, 4, 2)
-    return Tiles(64, 64, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
+    if width <= 128:
+        return Tiles(32, 64, 8, 2) if kernel == "key_grad" else Tiles(64, 64, 8, 2)
+    return Tiles(64, 32, 8, 2) if kernel == "forward" else Tiles(32, 32, 8, 2)
 
 
 def why_not_triton(query: torch.Tensor) -> str | None:

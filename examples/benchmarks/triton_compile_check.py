@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there: registers, spills, tensor-core instructions of each.
 
     python -m examples.benchmarks.triton_compile_check                  # sm_90 and sm_80, all options
-    python -m examples.benchmarks.triton_compile_check --arch 90 --head_dim 64 --dtype bfloat16
+    python -m examples.benchmarks.triton_compile_check --arch 90 --head-dim 64 --dtype bfloat16
 
 The operator runs on tensors without memory; each launch it asks for is compiled, with the very arguments, instead of
 started. Triton's package brings the compiler (ptxas) and the disassembler along. Ends with an error if a kernel does
@@ -132,7 +132,7 @@ def check(archs: list[int], dtypes: list[str], widths: list[int], schedules: lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], help="compute capabilities")
-    parser.add_argument("--head_dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--strict", action="store_true", help="spilled registers are an error")
