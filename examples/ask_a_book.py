@@ -1,7 +1,7 @@
 """Reads a long text once into a bank on disk, and answers questions about facts that were planted in it, far beyond the
 model's window.
 
-    python examples/ask_a_book.py --length 60000 --output runs/ask-a-book
+    python -m examples.ask_a_book --length 60000 --output-dir runs/ask-a-book
 
 The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), from which each question starts a
 cache of its own: questions do not see each other, and the text is read once, however often it is asked. Ctrl-C, or a
@@ -10,7 +10,6 @@ crash, costs what was read since the last save; the same command goes on.
 
 import argparse
 import random
-import resource
 import time
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from examples.measuring import peak_memory
+from examples.reporting import provenance, write_json
+from examples.smollm2 import smollm2_135m
+from examples.texts import load_text
 from modeling_longnet import DilatedCache, MemoryBank, patch_model
 from modeling_longnet.transformers_compat import named_cache
-from reporting import provenance, write_json
-from smollm2 import smollm2_135m
-from texts import load_text
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
@@ -52,17 +52,6 @@ def ask(model: PreTrainedModel, cache: DilatedCache, question: list[int], new_to
     return answer
 
 
-def peak_memory() -> dict[str, int]:
-    """Bytes that this process had in memory at most, pages of files included, which the system may take back; and what
-    it has now without those."""
-    peak = {"most, with pages of files": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.is_file() else ():
-        if line.startswith("RssAnon"):
-            peak["now, without pages of files"] = int(line.split()[1]) * 1024
-    return peak
-
-
 def main(arguments: list[str] | None = None) -> dict:
     """Reads, asks, prints; returns what the file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--length", type=int, default=16384, help="tokens of the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
     parser.add_argument("--chunk-size", type=int, default=512)
-    parser.add_argument("--output", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")
     options = parser.parse_args(arguments)
     path = options.model or str(smollm2_135m())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
@@ -82,7 +71,7 @@ def main(arguments: list[str] | None = None) -> dict:
     patch_model(model, segment_lengths=[512], dilation_rates=[1], memory=MEMORY)
     book = encode(load_text(options.text)[: options.length * 8])[: options.length]
     text, facts = plant(book, encode, options.questions)
-    folder, began = options.output / str(options.length), time.process_time()
+    folder, began = options.output_dir / str(options.length), time.process_time()
     bank = MemoryBank.from_tokens(model, [text], folder, chunk_size=options.chunk_size)
     seconds, reading, answers = time.process_time() - began, peak_memory(), []
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -102,7 +91,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "seconds to read, in the last call": round(seconds, 1), "bytes on disk": size, "memory": MEMORY,
         "bytes in memory, reading": reading, "bytes in memory": peak_memory(), "right": right, "answers": answers,
     }  # fmt: skip
-    write_json(options.output / f"{options.length}.json", result)
+    write_json(options.output_dir / f"{options.length}.json", result)
     return result
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ask_a_book import ask, plant
+from examples.ask_a_book import ask, plant
 from modeling_longnet import MemoryBank, patch_model
 
 

@@ -1,0 +1,182 @@
+"""Does a model find what it has read? Needles by depth and length, and RULER's other tasks, for each form of attention.
+
+    python -m examples.evidence.needles --output docs/results/evidence_needles.json
+
+The same model reads the same texts with dense attention, a sliding window with sinks, dilated attention as in the paper
+and as `patch_model` has it by default, and with a memory; each patched form over as many keys a query. The tasks are
+those of ruler_tasks.py. With `--adapter` a PEFT adapter (of lora_finetune.py) lies over all forms, and their names say
+so. Texts are read by chunks through a cache, so that memory grows with the cache alone.
+
+Each answer is written when it is given and none is asked for twice: run it again to go on, or with more trials. Beside
+the JSON file lie a heat-map of the needles by form, .png, and the table, .md. `--scale gpu` asks the same of longer
+texts, more often, in bfloat16.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from examples.evidence.reading import VARIANTS, ask, in_form, load_model, open_record, read
+from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
+from examples.reporting import save_figure, write_json
+from examples.smollm2 import smollm2_135m
+
+
+SCALES = {
+    "cpu": {"lengths": [1024, 2048, 4096], "trials": 5, "dtype": "float32"},
+    "gpu": {"lengths": [4096, 8192, 16384, 32768, 65536, 131072], "trials": 100, "dtype": "bfloat16"},
+}
+WITH_ADAPTER = " + LoRA"
+
+
+def measure(model, tokenizer, case, chunk_size: int) -> list[dict]:
+    """Reads the text once and asks each question: what was said, and its score."""
+    began = time.process_time()
+    cache = read(model, case.text, chunk_size)
+    seconds = time.process_time() - began
+    rows = []
+    for question in case.questions:
+        said = ask(model, cache, question, tokenizer)
+        rows.append({"depth": question.depth, "answers": question.answers, "said": said,
+                     "score": score(question, said), "reading seconds": round(seconds, 2)})  # fmt: skip
+    return rows
+
+
+def mean_scores(records: list[dict], *keys: str) -> dict[tuple, dict]:
+    """Mean score and number of answers by these keys of a record."""
+    found: dict[tuple, list[float]] = {}
+    for record in records:
+        found.setdefault(tuple(record[key] for key in keys), []).append(record["score"])
+    return {key: {"score": sum(x) / len(x), "answers": len(x)} for key, x in sorted(found.items(), key=str)}
+
+
+def common_records(records: list[dict]) -> list[dict]:
+    """The records of readings that every form of the file has, so that forms are compared on the same texts."""
+
+    def case(record: dict) -> tuple:
+        return record["task"], record["length"], record["trial"]
+
+    forms = {record["variant"] for record in records}
+    shared = set.intersection(*({case(r) for r in records if r["variant"] == form} for form in forms))
+    return [record for record in records if case(record) in shared]
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: per task and length the mean score of each form, and in brackets its fraction of dense."""
+    forms = [name for name in (*VARIANTS, *(v + WITH_ADAPTER for v in VARIANTS))
+             if any(r["variant"] == name for r in records)]  # fmt: skip
+    records = common_records(records)
+    means = mean_scores(records, "task", "length", "variant")
+    lines = ["| task | tokens | answers | " + " | ".join(forms) + " |", "|---|---:|---:|" + "---:|" * len(forms)]
+    for task, length in sorted({key[:2] for key in means}, key=lambda key: (Tasks.NAMES.index(key[0]), key[1])):
+        cells, dense = [], means.get((task, length, "dense"), {}).get("score", 0)
+        for form in forms:
+            cell = means[task, length, form]
+            fraction = f" ({cell['score'] / dense:.2f})" if dense and form != "dense" else ""
+            cells.append(f"{cell['score']:.2f}{fraction}")
+        lines.append(f"| {task} | {length:,} | {cell['answers']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict, path: Path) -> None:
+    """A heat-map per form and needle task: share found by depth and length."""
+    records = [record for record in common_records(result["records"]) if record["depth"] is not None]
+    tasks = [task for task in Tasks.NAMES if any(record["task"] == task for record in records)]
+    if not tasks:
+        return
+    lengths = sorted({record["length"] for record in records})
+    forms = list(dict.fromkeys(record["variant"] for record in records))
+    means = mean_scores(records, "task", "variant", "length", "depth")
+    figure = Figure(figsize=(2.6 * len(forms), 2.8 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), len(forms), squeeze=False, sharey=True)
+    for row, task in zip(axes, tasks):
+        for axis, form in zip(row, forms):
+            grid = [[means.get((task, form, n, d), {}).get("score", float("nan")) for n in lengths] for d in DEPTHS]
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            for y, depth in enumerate(DEPTHS):
+                for x, length in enumerate(lengths):
+                    cell = means.get((task, form, length, depth))
+                    if cell:
+                        text = f"{cell['score'] * cell['answers']:.0f} of {cell['answers']}"
+                        axis.text(x, y, text, ha="center", va="center", fontsize=8)
+            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axis.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
+            axis.set_title(f"{task}: {form}", fontsize=9)
+            axis.set_xlabel("tokens")
+    figure.supylabel("depth of the needle", fontsize=9)
+    figure.colorbar(image, ax=axes, label="share found", fraction=0.02)
+    save_figure(figure, path, result["provenance"])
+
+
+def report(result: dict, output: Path) -> None:
+    """Writes all three files."""
+    write_json(output, result)
+    output.with_suffix(".md").write_text(table(result["records"]))
+    draw(result, output.with_suffix(".png"))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id; default SmolLM2-135M-Instruct, from pip")
+    parser.add_argument("--adapter", help="folder of a PEFT adapter for the model")
+    parser.add_argument("--tasks", nargs="+", choices=Tasks.NAMES, default=list(Tasks.NAMES), metavar="TASK")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="what is not given is taken from it")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of text, question and answer together")
+    parser.add_argument("--trials", type=int, help="texts of each task and length")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--haystack", default="python-docs", help="around the needles: a name of texts.py or a path")
+    parser.add_argument("--chunk-size", type=int, default=1024)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file; .png and .md are written beside it")
+    options = parser.parse_args(arguments)
+    for name, value in SCALES[options.scale].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Asks what is missing; returns what the file holds."""
+    options = parse(arguments)
+    path = options.model or str(smollm2_135m())
+    model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tasks = Tasks(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids, options.haystack)
+    records, origin = open_record(options.output)
+    done = {(r["task"], r["length"], r["trial"], r["variant"]) for r in records}
+    suffix = WITH_ADAPTER if options.adapter else ""
+    # All forms read a text before the next one is made, and short texts come first: a stop leaves a fair comparison.
+    todo = [
+        (task, length, trial, [v for v in options.variants if (task, length, trial, v + suffix) not in done])
+        for trial in range(options.trials) for length in options.lengths for task in options.tasks
+    ]  # fmt: skip
+    result = {"records": records}
+    with tqdm(total=sum(len(missing) for *_, missing in todo), unit="reading") as bar:
+        for task, length, trial, missing in todo:
+            case = tasks.make(task, length, trial) if missing else None
+            for variant in missing:
+                bar.set_postfix_str(f"{task} {length} {variant}")
+                with in_form(model, variant):
+                    rows = measure(model, tokenizer, case, options.chunk_size)
+                key = {"variant": variant + suffix, "task": task, "length": length, "trial": trial}
+                records += [key | row for row in rows]
+                result = {
+                    **origin, "model": Path(path).name, "adapter": options.adapter,
+                    "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS, "records": records,
+                }  # fmt: skip
+                write_json(options.output, result)
+                bar.update()
+    if len(result) > 1:
+        report(result, options.output)
+    print(table(records) if records else "nothing asked")
+    return result
+
+
+if __name__ == "__main__":
+    main()
