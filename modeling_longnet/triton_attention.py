@@ -14,8 +14,8 @@ from functools import lru_cache
 
 import torch
 
-from .dilated_attention_reference import document_positions
 from .dilation_schedule import DilationSchedule
+from .document_ids import document_positions
 
 
 # Positions are int32 inside the kernels, with room for the sums that lie beyond the last one.
