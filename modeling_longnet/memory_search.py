@@ -19,7 +19,7 @@ from .memory_spec import MemorySpec
 
 # What ranks blocks, [B, G, n, 2 d], or [1, G, n, 2 d] for all rows; or several of it, of blocks that follow each other.
 Index = torch.Tensor | tuple[torch.Tensor, ...]
-TILE_SIZE = 2**23  # ranks that are held at once
+TILE_SIZE = 2**22  # ranks that are held at once
 NO_BLOCK = -1
 
 
