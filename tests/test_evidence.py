@@ -250,5 +250,19 @@ def test_figure_5_measures_both_sides_until_the_budget_ends(tmp_path, monkeypatc
     assert [(row["side"], row["tokens"]) for row in rows if row["kind"] == "operator"] == [
         ("dense", 1024), ("LongNet", 1024), ("LongNet", 2048),
     ]  # fmt: skip
-    assert "too slow" in (tmp_path / "x.md").read_text() and (tmp_path / "x.png").exists()
+    assert "not tried" in (tmp_path / "x.md").read_text() and (tmp_path / "x.png").exists()
     assert runtime.main(arguments)["rows"] == rows
+
+
+def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
+    def forget(run, device):
+        raise torch.OutOfMemoryError
+
+    measured = {"kind": "operator", "side": "dense", "tokens": 64, "seconds": 1.0}
+    rows = [measured, measured | {"side": "LongNet"}]
+    runtime.write_json(tmp_path / "x.json", {"provenance": {}, "earlier runs": [], "rows": rows})
+    monkeypatch.setattr(runtime, "seconds_of", forget)
+    rows = runtime.main(["--kinds", "operator", "--lengths", "128", "256", "--budget", "99", "--output",
+                         str(tmp_path / "x.json")])["rows"]  # fmt: skip
+    assert [(row["tokens"], row["seconds"]) for row in rows[2:]] == [(128, None)] * 2
+    assert (tmp_path / "x.md").read_text().splitlines()[-1] == "| 128 | out of memory | out of memory |"
