@@ -59,14 +59,14 @@ docs: $(VENV)/.installed-docs
 demo: $(VENV)/.installed-demo
 	@echo "make demo: SmolLM2-135M gets dilated attention and a LoRA adapter for it, on the text of Python's language"
 	@echo "reference; about 6 minutes on 2 CPU cores."
-	$(BIN)/python examples/lora_finetune.py --demo
+	$(BIN)/python -m examples.lora_finetune --demo
 
 demo-train: $(VENV)/.installed-demo
 	@echo "make demo-train: a LongNet of about 1M parameters learns the text of Python's language reference,"
 	@echo "byte by byte; about 5 minutes on 2 CPU cores. Results: runs/demo-train/. To go on after Ctrl-C or to run it"
 	@echo "again: DEMO_ARGS=--resume make demo-train"
-	$(BIN)/python examples/train_causal_lm.py --preset configuration/longnet-demo-tiny.json --output_dir runs/demo-train \
-		--batch_size 2 --max_steps 400 --warmup_steps 40 --learning_rate 2e-3 --eval_steps 100 --save_steps 100 $(DEMO_ARGS)
+	$(BIN)/python -m examples.train_causal_lm --preset configuration/longnet-demo-tiny.json --output-dir runs/demo-train \
+		--batch-size 2 --max-steps 400 --warmup-steps 40 --learning-rate 2e-3 --eval-steps 100 --save-steps 100 $(DEMO_ARGS)
 
 install: $(VENV)/.installed
 

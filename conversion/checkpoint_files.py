@@ -9,23 +9,23 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_longnet
+from modeling_longnet import make_model_card
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPOSITORY = "longnet-transformers"
 
 
 def read_file(path: str | Path) -> dict:
@@ -177,6 +177,18 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         os.rename(complete, output)
 
 
+def label_settings(path: str | Path, key: str, count: int, labels: list[str] | None) -> dict[str, dict]:
+    """What the names of `count` classes, which the tensor `key` tells, add to a configuration.
+
+    Raises:
+        ValueError: another number of names.
+    """
+    if labels and len(labels) != count:
+        raise ValueError(f"{path}: {key!r} tells {count} classes, `labels` names {labels}.")
+    names = labels or [f"LABEL_{k}" for k in range(count)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+
+
 def on_meta_device(architecture: type[PreTrainedModel], config: PreTrainedConfig, path: str | Path) -> PreTrainedModel:
     """A model without memory for its weights; `path`, named in errors, is where its sizes come from."""
     try:
@@ -195,97 +207,112 @@ def with_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], dt
     return model.eval()
 
 
-def model_card(
+PROVENANCE = """
+## Provenance
+
+| | |
+|---|---|
+| original file | `{file}`, {size:,} bytes |
+| SHA-256 | `{digest}` |
+| converted by | `{converter}` |
+| settings | `{settings}` |
+| versions | longnet-transformers {version}, transformers {transformers} |
+
+Nothing was trained; the weights are {weights}.
+
+## Licence of the original
+
+{notes}
+"""
+
+
+def converted_card(
+    model: PreTrainedModel,
+    name: str,
     source: Path,
-    architecture: str,
     *,
-    what: str,
     converter: str,
     settings: Mapping,
     dtype: str | None,
     licence: str | None,
     notes: str,
 ) -> ModelCard:
-    """A card that says where the weights come from, how to load them and under which licence.
+    """The model's card, which says besides where the weights come from and under which licence.
 
     Args:
+        model, name: whose card it is, and the name to load it by.
         source: the original checkpoint; name, size and SHA-256 are recorded.
-        architecture: the class to load it with.
-        what: one sentence on the model.
-        converter: name of the script.
+        converter: the module that converted it.
         settings: what it was told besides.
         dtype: what the weights were rounded to, if they were.
         licence: an identifier of the Hub's; "other" with a note when it is not given.
         notes: Markdown for the section on the licence.
     """
+    card = make_model_card(model, name, license=licence)
+    if licence is None:
+        card.data.license, card.data.license_name = "other", "as-published"
     with open(source, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    data = ModelCardData(
-        license=licence or "other",
-        library_name="transformers",
-        tags=["longnet", "dilated-attention"],
-        **({} if licence else {"license_name": "as-published"}),
-    )
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# Converted LongNet checkpoint
-
-{what}
-
-```python
-from modeling_longnet import {architecture}
-
-model = {architecture}.from_pretrained("this folder or repository")
-```
-
-## Provenance
-
-| | |
-|---|---|
-| original file | `{source.name}`, {source.stat().st_size:,} bytes |
-| SHA-256 | `{digest.hexdigest()}` |
-| converted by | `{converter}` |
-| settings | `{json.dumps(settings)}` |
-| versions | {REPOSITORY} {modeling_longnet.__version__}, transformers {transformers.__version__} |
-
-Nothing was trained; the weights are {f"the original's, rounded to {dtype}" if dtype else "bit for bit the original's"}.
-
-## Licence
-
-{notes}
-""")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    card.text += PROVENANCE.format(
+        file=source.name, size=source.stat().st_size, digest=digest, converter=converter, notes=notes,
+        settings=json.dumps(settings), version=modeling_longnet.__version__, transformers=transformers.__version__,
+        weights=f"the original's, rounded to {dtype}" if dtype else "bit for bit the original's",
+    )  # fmt: skip
+    return card
 
 
-def save_model(model: PreTrainedModel, card: ModelCard, output: str | Path) -> Path:
-    """Writes config, weights, model code and card as `output`, all or nothing."""
+def save_converted(
+    loaded: tuple[PreTrainedModel, list], checkpoint: str | Path, output: str | Path, *, dry_run: bool, **about
+) -> Path:
+    """Writes config, weights, model code and card as the folder `output`, all or nothing; or lists the mapping only.
+
+    Args:
+        loaded: model and rows, as the converters' `load_...` give them.
+        about: what `converted_card` wants to know.
+    """
+    (model, rows), output = loaded, Path(output)
+    if dry_run:
+        print_mapping(rows)
+        return output
+    card = converted_card(model, output.name, Path(checkpoint), **about)
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         card.save(folder / "README.md")
-    return Path(output)
-
-
-def finish(output: Path, options: argparse.Namespace) -> Path:
-    """Tells what was written, and uploads it by Transformers' own method, and its card, if that was asked for."""
-    if options.dry_run:
-        print(f"All checks passed; {output} was not written.")
-        return output
-    print(f"Saved {output}.")
-    if not options.push_to_hub:
-        return output
-    repo_id = options.push_to_hub
-    architecture = getattr(modeling_longnet, transformers.AutoConfig.from_pretrained(output).architectures[0])
-    architecture.from_pretrained(output, dtype="auto").push_to_hub(repo_id, private=options.private)
-    ModelCard.load(output / "README.md").push_to_hub(repo_id)
-    print(f"Uploaded to {repo_id}.")
     return output
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, help="the folder to make; it must not exist, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; by default that of the checkpoint")
+def run_converter(parser: argparse.ArgumentParser, convert: Callable[..., Path], arguments: list[str] | None) -> Path:
+    """A converter's command line: `convert` gets the options by their names; uploads what it made if asked to."""
+    options = vars(parser.parse_args(arguments))
+    repo_id, private = options.pop("push_to_hub", None), options.pop("private", False)
+    try:
+        output = convert(**options)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    if options.get("dry_run"):
+        print(f"All checks passed; {output} was not written.")
+        return output
+    print(f"Saved {output}.")
+    if repo_id:
+        architecture = getattr(modeling_longnet, transformers.AutoConfig.from_pretrained(output).architectures[0])
+        architecture.from_pretrained(output, dtype="auto").push_to_hub(repo_id, private=private)
+        ModelCard.load(output / "README.md").push_to_hub(repo_id)
+        print(f"Uploaded to {repo_id}.")
+    return output
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-dir", dest="output", required=True, help="the folder to make; it must not exist, or be empty"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and list the mapping, write nothing")
-    parser.add_argument("--license", help="licence of the weights, as an identifier of the Hub's, for the model card")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    add_output_arguments(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; by default that of the checkpoint")
+    parser.add_argument(
+        "--license", dest="licence", help="licence of the weights, as an identifier of the Hub's, for the model card"
+    )
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the result to this repository")
     parser.add_argument("--private", action="store_true", help="make that repository private")

@@ -3,7 +3,7 @@
 A fine-tuned checkpoint (keys `slide_encoder.*` and `classifier.*`) becomes a LongNetSlideEncoderForImageClassification.
 The shape is read from the weights; what they do not tell are options, with the published values as defaults.
 
-    python conversion/convert_gigapath_to_hf.py --checkpoint slide_encoder.pth --output my-slide-encoder
+    python -m conversion.convert_gigapath_to_hf --checkpoint slide_encoder.pth --output-dir my-slide-encoder
 """
 
 import argparse
@@ -12,19 +12,13 @@ from pathlib import Path
 
 import torch
 
+from conversion import checkpoint_files as files
+from conversion.gigapath_format import CLASSIFIER, ENCODER_PREFIX, USUAL_CLASSIFIER_LAYERS, gigapath_key
 from modeling_longnet import (
     LongNetSlideEncoderConfig,
     LongNetSlideEncoderForImageClassification,
     LongNetSlideEncoderModel,
 )
-
-
-try:
-    from conversion import checkpoint_files as files
-    from conversion.gigapath_format import CLASSIFIER, ENCODER_PREFIX, USUAL_CLASSIFIER_LAYERS, gigapath_key
-except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
-    import checkpoint_files as files
-    from gigapath_format import CLASSIFIER, ENCODER_PREFIX, USUAL_CLASSIFIER_LAYERS, gigapath_key
 
 
 DEFAULTS = LongNetSlideEncoderConfig()
@@ -58,11 +52,8 @@ def _head_settings(
             f"{checkpoint}: '{CLASSIFIER}.weight' reads {weight.shape[1] / width:g} layers of {width}, but `classifier_"
             f"layers` (feat_layer there) names {layers or 'none'}."
         )
-    if labels and len(labels) != len(weight):
-        raise ValueError(f"{checkpoint}: '{CLASSIFIER}.weight' tells {len(weight)} classes, `labels` names {labels}.")
-    names = labels or [f"LABEL_{k}" for k in range(len(weight))]
-    return {"classifier_layers": layers, "id2label": dict(enumerate(names)),
-            "label2id": {name: k for k, name in enumerate(names)}}  # fmt: skip
+    names = files.label_settings(checkpoint, f"{CLASSIFIER}.weight", len(weight), labels)
+    return {"classifier_layers": layers} | names
 
 
 def _config(checkpoint: str | Path, tensors: Mapping[str, torch.Tensor], **settings) -> LongNetSlideEncoderConfig:
@@ -141,21 +132,11 @@ def convert_gigapath_to_hf(
     Raises:
         ValueError: see `load_gigapath`; and for an `output` that holds something.
     """
-    model, rows = load_gigapath(checkpoint, dtype, **settings)
-    if dry_run:
-        files.print_mapping(rows)
-        return Path(output)
-    card = files.model_card(
-        Path(checkpoint),
-        type(model).__name__,
-        what=f"Prov-GigaPath's slide encoder as a `{type(model).__name__}`.",
-        converter="convert_gigapath_to_hf.py",
-        settings=settings,
-        dtype=dtype,
-        licence=licence,
+    return files.save_converted(
+        load_gigapath(checkpoint, dtype, **settings), checkpoint, output, dry_run=dry_run,
+        converter="conversion.convert_gigapath_to_hf", settings=settings, dtype=dtype, licence=licence,
         notes=LICENCE_NOTE,
-    )
-    return files.save_model(model, card, output)
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -169,17 +150,7 @@ def main(arguments: list[str] | None = None) -> Path:
     group.add_argument("--classifier-layers", type=int, nargs="+", help="feat_layer there; by default 11")
     group.add_argument("--labels", nargs="+", help="names of the classes, in the order of the outputs")
     files.add_common_arguments(parser)
-    options = parser.parse_args(arguments)
-    try:
-        output = convert_gigapath_to_hf(
-            options.checkpoint, options.output, dtype=options.dtype, licence=options.license, dry_run=options.dry_run,
-            num_attention_heads=options.num_attention_heads, max_wsi_size=options.max_wsi_size,
-            tile_size=options.tile_size, slide_ngrids=options.slide_ngrids, pooling=options.pooling,
-            classifier_layers=options.classifier_layers, labels=options.labels,
-        )  # fmt: skip
-    except ValueError as error:
-        parser.error(str(error))
-    return files.finish(output, options)
+    return files.run_converter(parser, convert_gigapath_to_hf, arguments)
 
 
 if __name__ == "__main__":

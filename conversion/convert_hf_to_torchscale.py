@@ -1,6 +1,6 @@
 """Convert a LongNet, a slide encoder or a LongViT of Transformers back into a file of torchscale or Prov-GigaPath.
 
-    python conversion/convert_hf_to_torchscale.py --checkpoint my-longnet --output torchscale-longnet
+    python -m conversion.convert_hf_to_torchscale --checkpoint my-longnet --output-dir torchscale-longnet
 
 The folder holds checkpoint.pt with {"model": state dict} and args.json; for a slide encoder slide_encoder.pth, for a
 fine-tuned one checkpoint.pt with a bare state dict, for a LongViT longvit.pth: what the originals read.
@@ -17,19 +17,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
 import modeling_longnet
+from conversion import checkpoint_files as files
+from conversion import longvit_format as longvit
+from conversion import torchscale_format as torchscale
+from conversion.gigapath_format import gigapath_key, to_head_settings, to_settings
 from modeling_longnet import LongNetConfig, LongNetSlideEncoderConfig, LongViTConfig
-
-
-try:
-    from conversion import checkpoint_files as files
-    from conversion import longvit_format as longvit
-    from conversion import torchscale_format as torchscale
-    from conversion.gigapath_format import gigapath_key, to_head_settings, to_settings
-except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
-    import checkpoint_files as files
-    import longvit_format as longvit
-    import torchscale_format as torchscale
-    from gigapath_format import gigapath_key, to_head_settings, to_settings
 
 
 ARCHITECTURES = (
@@ -144,20 +136,10 @@ def convert_hf_to_torchscale(
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="a folder of Transformers, or a repository of the Hub")
-    parser.add_argument("--output", required=True, help="the folder to make; it must not exist, or be empty")
     parser.add_argument("--prefix", default="", help="put before each key, such as 'decoder.' for fairseq")
     parser.add_argument("--safetensors", action="store_true", help="write a bare state dict as .safetensors")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and list the mapping, write nothing")
-    options = parser.parse_args(arguments)
-    try:
-        output = convert_hf_to_torchscale(
-            options.checkpoint, options.output, prefix=options.prefix, safetensors=options.safetensors,
-            dry_run=options.dry_run,
-        )  # fmt: skip
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"All checks passed; {output} was not written." if options.dry_run else f"Saved {output}.")
-    return output
+    files.add_output_arguments(parser)
+    return files.run_converter(parser, convert_hf_to_torchscale, arguments)
 
 
 if __name__ == "__main__":

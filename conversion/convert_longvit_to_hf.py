@@ -3,7 +3,7 @@
 A checkpoint of the pre-training (DINO; its teacher is taken, its projection head left out and listed) becomes the
 former, a fine-tuned one the latter. The shape is read from the weights, but for the number of heads.
 
-    python conversion/convert_longvit_to_hf.py --checkpoint longvit_small_patch32_1024.pth --output my-longvit
+    python -m conversion.convert_longvit_to_hf --checkpoint longvit_small_patch32_1024.pth --output-dir my-longvit
 """
 
 import argparse
@@ -13,21 +13,10 @@ from pathlib import Path
 
 import torch
 
+from conversion import checkpoint_files as files
+from conversion.longvit_format import DINO_HEAD, FINETUNED_EPS, PRETRAINED_EPS, SEGMENT_LENGTHS, longvit_key
+from conversion.torchscale_format import LICENCE_NOTE
 from modeling_longnet import LongViTConfig, LongViTForImageClassification, LongViTModel
-
-
-try:
-    from conversion import checkpoint_files as files
-    from conversion.longvit_format import DINO_HEAD, FINETUNED_EPS, PRETRAINED_EPS, SEGMENT_LENGTHS, longvit_key
-except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
-    import checkpoint_files as files
-    from longvit_format import DINO_HEAD, FINETUNED_EPS, PRETRAINED_EPS, SEGMENT_LENGTHS, longvit_key
-
-
-LICENCE_NOTE = (
-    "torchscale's code is under the MIT licence. The weights stay under the licence under which they were published; "
-    "the file does not say which. State it here before you pass them on."
-)
 
 
 def _read(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -74,10 +63,7 @@ def _labels(checkpoint: str | Path, tensors: Mapping[str, torch.Tensor], names: 
         if names:
             raise ValueError(f"{checkpoint}: has no classifier, so `labels` mean nothing.")
         return {}
-    names = names or [f"LABEL_{k}" for k in range(len(head))]
-    if len(names) != len(head):
-        raise ValueError(f"{checkpoint}: 'head.weight' tells {len(head)} classes, `labels` names {names}.")
-    return {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+    return files.label_settings(checkpoint, "head.weight", len(head), names)
 
 
 def load_longvit(
@@ -122,21 +108,11 @@ def convert_longvit_to_hf(
     Raises:
         ValueError: see `load_longvit`; and for an `output` that holds something.
     """
-    model, rows = load_longvit(checkpoint, dtype, **settings)
-    if dry_run:
-        files.print_mapping(rows)
-        return Path(output)
-    card = files.model_card(
-        Path(checkpoint),
-        type(model).__name__,
-        what=f"torchscale's LongViT as a `{type(model).__name__}`.",
-        converter="convert_longvit_to_hf.py",
-        settings=settings,
-        dtype=dtype,
-        licence=licence,
+    return files.save_converted(
+        load_longvit(checkpoint, dtype, **settings), checkpoint, output, dry_run=dry_run,
+        converter="conversion.convert_longvit_to_hf", settings=settings, dtype=dtype, licence=licence,
         notes=LICENCE_NOTE,
-    )
-    return files.save_model(model, card, output)
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -145,15 +121,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--num-attention-heads", type=int, default=16, help="by default 16")
     parser.add_argument("--labels", nargs="+", help="names of a fine-tuned model's classes, in order")
     files.add_common_arguments(parser)
-    options = parser.parse_args(arguments)
-    try:
-        output = convert_longvit_to_hf(
-            options.checkpoint, options.output, dtype=options.dtype, licence=options.license, dry_run=options.dry_run,
-            num_attention_heads=options.num_attention_heads, labels=options.labels,
-        )  # fmt: skip
-    except ValueError as error:
-        parser.error(str(error))
-    return files.finish(output, options)
+    return files.run_converter(parser, convert_longvit_to_hf, arguments)
 
 
 if __name__ == "__main__":

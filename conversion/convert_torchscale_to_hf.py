@@ -3,7 +3,7 @@
 A LongNetDecoder becomes a LongNetForCausalLM (a LongNetModel if it has no output layer), a LongNetEncoder a
 bidirectional LongNetModel (a LongNetForMaskedLM if it has one).
 
-    python conversion/convert_torchscale_to_hf.py --checkpoint model.pt --config args.json --output my-longnet
+    python -m conversion.convert_torchscale_to_hf --checkpoint model.pt --config args.json --output-dir my-longnet
 """
 
 import argparse
@@ -15,21 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from conversion import checkpoint_files as files
+from conversion import torchscale_format as torchscale
 from modeling_longnet import LongNetForCausalLM, LongNetForMaskedLM, LongNetModel
-
-
-try:
-    from conversion import checkpoint_files as files
-    from conversion import torchscale_format as torchscale
-except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
-    import checkpoint_files as files
-    import torchscale_format as torchscale
-
-
-LICENCE_NOTE = (
-    "torchscale's code is under the MIT licence. The weights stay under the licence under which they were published; "
-    "the file does not say which. State it here before you pass them on."
-)
 
 
 def _read(checkpoint: str | Path, config: str | Path) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
@@ -156,21 +144,12 @@ def convert_torchscale_to_hf(
     Raises:
         ValueError: see `load_torchscale`; and for an `output` that holds something.
     """
-    model, rows = load_torchscale(checkpoint, config, dtype)
-    if dry_run:
-        files.print_mapping(rows)
-        return Path(output)
-    card = files.model_card(
-        Path(checkpoint),
-        type(model).__name__,
-        what=f"A LongNet of torchscale as a {type(model).__name__}.",
-        converter="convert_torchscale_to_hf.py",
-        settings=json.loads(Path(config).read_text(encoding="utf-8")),
-        dtype=dtype,
-        licence=licence,
-        notes=LICENCE_NOTE,
-    )
-    return files.save_model(model, card, output)
+    loaded = load_torchscale(checkpoint, config, dtype)
+    return files.save_converted(
+        loaded, checkpoint, output, dry_run=dry_run, converter="conversion.convert_torchscale_to_hf",
+        settings=json.loads(Path(config).read_text(encoding="utf-8")), dtype=dtype, licence=licence,
+        notes=torchscale.LICENCE_NOTE,
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -178,15 +157,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--checkpoint", required=True, help="torchscale's file, .pt or .safetensors")
     parser.add_argument("--config", required=True, help="torchscale's arguments as a JSON file")
     files.add_common_arguments(parser)
-    options = parser.parse_args(arguments)
-    try:
-        output = convert_torchscale_to_hf(
-            options.checkpoint, options.config, options.output,
-            dtype=options.dtype, licence=options.license, dry_run=options.dry_run,
-        )  # fmt: skip
-    except ValueError as error:
-        parser.error(str(error))
-    return files.finish(output, options)
+    return files.run_converter(parser, convert_torchscale_to_hf, arguments)
 
 
 if __name__ == "__main__":

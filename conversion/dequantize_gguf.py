@@ -3,20 +3,16 @@
 Transformers reads GGUF weights and dequantizes them, but flags the model as quantized, after which `save_pretrained`
 and the Trainer refuse it. This script loads once, takes the flag off and saves, so that later loads are fast and plain.
 
-    python conversion/dequantize_gguf.py model.Q4_1.gguf folder-for-the-result --dtype bfloat16
+    python -m conversion.dequantize_gguf model.Q4_1.gguf folder-for-the-result --dtype bfloat16
 """
 
 import argparse
-import os
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from conversion.checkpoint_files import DTYPES, new_folder, run_converter
 
 
 def unflag_quantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -60,25 +56,17 @@ def dequantize_gguf(
         ValueError: no GGUF file there, `output` holds something already, or an unknown dtype.
         ImportError: the `gguf` package is missing.
     """
-    output = Path(output)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"`output` must be a new or empty folder, got {str(output)!r}, which holds something already.")
     file = _locate(source, gguf_file)
     if find_spec("gguf") is None:
         raise ImportError("Reading GGUF files needs the gguf package: pip install gguf")
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPES[dtype])
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    unflag_quantized(model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.partial-") as partial:
-        complete = Path(partial) / "model"
-        model.save_pretrained(complete)
-        tokenizer.save_pretrained(complete)
-        os.rename(complete, output)
-    return output
+    with new_folder(output) as folder:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPES[dtype])
+        unflag_quantized(model).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    return Path(output)
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -87,13 +75,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("output", help="the folder to make; it must not exist, or be empty")
     parser.add_argument("--gguf-file", help="the file's name inside the source folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    options = parser.parse_args(arguments)
-    try:
-        output = dequantize_gguf(options.source, options.output, gguf_file=options.gguf_file, dtype=options.dtype)
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    print(f"Saved {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
-    return output
+    return run_converter(parser, dequantize_gguf, arguments)
 
 
 if __name__ == "__main__":

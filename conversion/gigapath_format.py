@@ -6,13 +6,8 @@ with the keys `slide_encoder.*` and `classifier.0.*`), gigapath/classification_h
 
 from typing import Any
 
+from conversion.torchscale_format import torchscale_key
 from modeling_longnet import LongNetSlideEncoderConfig
-
-
-try:
-    from conversion.torchscale_format import torchscale_key
-except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
-    from torchscale_format import torchscale_key
 
 
 OUTER_KEYS = {

@@ -8,13 +8,8 @@ Source: examples/longvit/longvit.py, modeling_finetune.py, utils.py and pretrain
 
 from typing import Any
 
+from conversion.torchscale_format import torchscale_key
 from modeling_longnet import LongViTConfig
-
-
-try:
-    from conversion.torchscale_format import torchscale_key
-except ModuleNotFoundError:  # run as a script, with this folder instead of the one above it on the path
-    from torchscale_format import torchscale_key
 
 
 # For other sizes the original has the default of LongViTConfig.

@@ -61,6 +61,10 @@ WITHOUT_EFFECT = {
     "seq_parallel",
 }  # fmt: skip
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
+LICENCE_NOTE = (
+    "torchscale's code is under the MIT licence. The weights stay under the licence under which they were published; "
+    "the file does not say which. State it here before you pass them on."
+)
 POSITION_OFFSET = 2  # torchscale's learned positions begin at row 2, as fairseq's do
 
 OUTER_KEYS = {

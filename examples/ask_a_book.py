@@ -1,9 +1,11 @@
-"""Reads a long text once, and answers questions about facts that were planted in it, far beyond the model's window.
+"""Reads a long text once into a bank on disk, and answers questions about facts that were planted in it, far beyond the
+model's window.
 
-    python examples/ask_a_book.py --length 16384 --output runs/ask-a-book
+    python -m examples.ask_a_book --length 60000 --output-dir runs/ask-a-book
 
-The model is patched with a memory. It reads the text by chunks into a cache, which is saved: asked again, it does not
-read again. After each answer the cache forgets the question (`crop`), so that questions do not see each other.
+The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), from which each question starts a
+cache of its own: questions do not see each other, and the text is read once, however often it is asked. Ctrl-C, or a
+crash, costs what was read since the last save; the same command goes on.
 """
 
 import argparse
@@ -15,12 +17,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from modeling_longnet import DilatedCache, patch_model
-from modeling_longnet.dilated_cache_file import load_cache, save_cache
+from examples.measuring import peak_memory
+from examples.reporting import provenance, write_json
+from examples.smollm2 import smollm2_135m
+from examples.texts import load_text
+from modeling_longnet import DilatedCache, MemoryBank, patch_model
 from modeling_longnet.transformers_compat import named_cache
-from reporting import provenance, write_json
-from smollm2 import smollm2_135m
-from texts import load_text
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
@@ -39,29 +41,14 @@ def plant(book: list[int], encode, count: int, seed: int = 0) -> tuple[list[int]
 
 
 @torch.inference_mode()
-def read(model: PreTrainedModel, text: list[int], chunk_size: int) -> DilatedCache:
-    """The cache of a model that has read the text."""
-    cache = DilatedCache(model.config)
-    with tqdm(total=len(text), unit="tok", desc="reading") as bar:
-        for start in range(0, len(text), chunk_size):
-            chunk = torch.tensor([text[start : start + chunk_size]], device=model.device)
-            model(input_ids=chunk, use_cache=True, logits_to_keep=1, **named_cache(cache))
-            bar.update(chunk.shape[1])
-    return cache
-
-
-@torch.inference_mode()
 def ask(model: PreTrainedModel, cache: DilatedCache, question: list[int], new_tokens: int) -> list[int]:
-    """The greedy answer to a question behind the text; the cache is then as it was."""
-    cache.activate_past_recording()
-    answer, new, read_tokens = [], question, 0
+    """The greedy answer to a question behind what the cache has read."""
+    answer, new = [], question
     for _ in range(new_tokens):
         tokens = torch.tensor([new], device=model.device)
         logits = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **named_cache(cache)).logits
-        read_tokens += len(new)
         new = [int(logits[0, -1].argmax())]
         answer += new
-    cache.crop(-read_tokens)
     return answer
 
 
@@ -72,8 +59,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--text", default="python-docs", help="a name known to texts.py, a file or a folder")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
-    parser.add_argument("--chunk-size", type=int, default=1024)
-    parser.add_argument("--output", type=Path, default=Path("runs/ask-a-book"), help="for the cache and the answers")
+    parser.add_argument("--chunk-size", type=int, default=512)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")
     options = parser.parse_args(arguments)
     path = options.model or str(smollm2_135m())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
@@ -84,26 +71,27 @@ def main(arguments: list[str] | None = None) -> dict:
     patch_model(model, segment_lengths=[512], dilation_rates=[1], memory=MEMORY)
     book = encode(load_text(options.text)[: options.length * 8])[: options.length]
     text, facts = plant(book, encode, options.questions)
-    file, began = options.output / f"{options.length}.safetensors", time.perf_counter()
-    if file.exists():
-        cache, _ = load_cache(file, model)
-    else:
-        cache = read(model, text, options.chunk_size)
-        save_cache(file, cache, model)
-    seconds, answers = time.perf_counter() - began, []
-    print(f"{len(text):,} tokens in {seconds:.0f} s; the cache holds {cache.memory_footprint() / 2**20:.0f} MiB")
-    for name, number in facts:
-        answer = tokenizer.decode(ask(model, cache, encode(QUESTION.format(name=name)), 5)).strip()
-        answers.append({"name": name, "number": number, "answer": answer, "right": answer.startswith(number)})
-        print(f"{name:8} {number}   {'right' if answers[-1]['right'] else 'WRONG'}   {answer!r}")
+    folder, began = options.output_dir / str(options.length), time.process_time()
+    bank = MemoryBank.from_tokens(model, [text], folder, chunk_size=options.chunk_size)
+    seconds, reading, answers = time.process_time() - began, peak_memory(), []
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{len(bank):,} tokens; {seconds:.0f} s of processor time in this call; {size / 2**20:.0f} MiB on disk")
+    for name, number in tqdm(facts, unit="question"):
+        began = time.process_time()
+        answer = ask(model, bank.start_cache(model), encode(QUESTION.format(name=name)), 5)
+        answer = tokenizer.decode(answer).strip()
+        right = answer.startswith(number)
+        answers.append({"name": name, "number": number, "answer": answer, "right": right})
+        answers[-1]["seconds"] = round(time.process_time() - began, 2)
+        tqdm.write(f"{name:8} {number}   {'right' if right else 'WRONG'}   {answer!r}")
     right = sum(answer["right"] for answer in answers)
     print(f"{right} of {len(answers)} right")
     result = {
-        "provenance": provenance(), "model": Path(path).name, "text": Path(options.text).name, "tokens": len(text),
-        "seconds to read": round(seconds, 1), "bytes": cache.memory_footprint(), "memory": MEMORY, "right": right,
-        "answers": answers,
+        "provenance": provenance(), "model": Path(path).name, "text": Path(options.text).name, "tokens": len(bank),
+        "seconds to read, in the last call": round(seconds, 1), "bytes on disk": size, "memory": MEMORY,
+        "bytes in memory, reading": reading, "bytes in memory": peak_memory(), "right": right, "answers": answers,
     }  # fmt: skip
-    write_json(options.output / f"{options.length}.json", result)
+    write_json(options.output_dir / f"{options.length}.json", result)
     return result
 
 

@@ -5,8 +5,8 @@ adapter, and measures the perplexity by context length three times: the original
 patched with the adapter. Ends with a table, a plot and a continuation of the text, and checks that what was saved loads
 to the same loss.
 
-    python examples/lora_finetune.py --demo
-    python examples/lora_finetune.py --model HuggingFaceTB/SmolLM2-135M --text novel.txt --output-dir runs/novel \\
+    python -m examples.lora_finetune --demo
+    python -m examples.lora_finetune --model HuggingFaceTB/SmolLM2-135M --text novel.txt --output-dir runs/novel \\
         --segment-lengths 512 2048 8192 --dilation-rates 1 4 16 --block-size 8192 --max-steps 200 --bf16
 
 Besides the options of this file, every option of Transformers' TrainingArguments works.
@@ -14,7 +14,6 @@ Besides the options of this file, every option of Transformers' TrainingArgument
 
 import copy
 import json
-import math
 import shutil
 import sys
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,15 +32,15 @@ from transformers import (
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_longnet.model_card import make_model_card
-from modeling_longnet.patching import load_patched_model, patch_model, unpatch_model
+from examples.perplexity import perplexities, window_loss
+from examples.reporting import caption, new_figure, provenance, save_figure, write_json
+from examples.runs import end_script, last_complete_checkpoint, option, trackers
+from examples.smollm2 import smollm2_135m
+from examples.texts import load_text
+from modeling_longnet import load_patched_model, make_model_card, patch_model, unpatch_model
 from modeling_longnet.patching import report as patch_report
 from modeling_longnet.rope_scaling import learned_tables
-from reporting import caption, new_figure, provenance, save_figure, write_json
-from smollm2 import smollm2_135m
-from texts import load_text
 
 
 DENSE, ZERO_SHOT, TUNED, DENSE_TUNED = "dense", "patched", "patched + LoRA", "dense + LoRA"
@@ -55,45 +53,39 @@ LATER_OPTIONS = ("resume", "merge", "prompt_tokens", "new_tokens")  # may change
 class Options:
     """What to train on what. The schedule's options are those of `patch_model`."""
 
-    model: str | None = field(default=None, metadata={"help": "Hub id or folder; default SmolLM2-135M, from pip"})
-    text: str = field(default="python-docs", metadata={"help": "a name known to texts.py, a file or a folder"})
-    dataset: str | None = field(
-        default=None, metadata={"help": "instead of --text, for `datasets`: a Hub id, or a folder of .jsonl files"}
-    )
-    text_column: str = field(default="text", metadata={"help": "the dataset's column to read"})
-    segment_lengths: list[int] | None = field(default=None, metadata={"help": "default: from the model's own window"})
-    dilation_rates: list[int] | None = field(default=None, metadata={"help": "one per segment length"})
-    head_offsets: str = field(default="modulo", metadata={"choices": ["modulo", "contiguous"]})
-    overlap: str = field(default="once", metadata={"choices": ["once", "count"]})
+    model: str | None = option(None, "Hub id or folder; default SmolLM2-135M, from pip")
+    text: str = option("python-docs", "a name known to texts.py, a file or a folder")
+    dataset: str | None = option(None, "instead of --text, for `datasets`: a Hub id, or a folder of .jsonl files")
+    text_column: str = option("text", "the dataset's column to read")
+    segment_lengths: list[int] | None = option(None, "default: from the model's own window")
+    dilation_rates: list[int] | None = option(None, "one per segment length")
+    head_offsets: str = option("modulo", choices=["modulo", "contiguous"])
+    overlap: str = option("once", choices=["once", "count"])
     num_sink_tokens: int = 4
-    local: str = field(default="sliding", metadata={"choices": ["segment", "sliding"]})
-    layers: list[int] | None = field(default=None, metadata={"help": "layers to patch; default all"})
-    dense_layers: list[int] | None = field(default=None, metadata={"help": "or the layers to leave as they are"})
-    backend: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2; default the best"})
-    rope_scaling: str | None = field(
-        default=None, metadata={"help": "JSON, for contexts beyond the model's window: "
-                                '{"rope_type": "yarn", "factor": 4.0}'}
-    )  # fmt: skip
-    memory: str | None = field(
-        default=None, metadata={"help": "JSON, lets queries choose blocks of earlier tokens: {} for the defaults, or "
-                                '{"block_size": 8, "top_k": 32}'}
-    )  # fmt: skip
-    dtype: str = field(
-        default="auto", metadata={"help": "of the weights; auto: bfloat16 on a GPU that has it", "choices": DTYPES}
+    local: str = option("sliding", choices=["segment", "sliding"])
+    layers: list[int] | None = option(None, "layers to patch; default all")
+    dense_layers: list[int] | None = option(None, "or the layers to leave as they are")
+    backend: str | None = option(None, "eager, sdpa or flash_attention_2; default the best")
+    rope_scaling: str | None = option(
+        None, 'JSON, for contexts beyond the model\'s window: {"rope_type": "yarn", "factor": 4.0}'
     )
+    memory: str | None = option(
+        None, 'JSON, lets queries choose blocks of earlier tokens: {} for defaults, or {"block_size": 8, "top_k": 32}'
+    )
+    dtype: str = option("auto", "of the weights; auto: bfloat16 on a GPU that has it", choices=DTYPES)
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
-    train_norms_and_embeddings: bool = field(default=False, metadata={"help": "as LongLoRA found needed; larger"})
-    block_size: int = field(default=4096, metadata={"help": "tokens per training example"})
+    train_norms_and_embeddings: bool = option(False, "as LongLoRA found needed; larger")
+    block_size: int = option(4096, "tokens per training example")
     eval_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192])
-    eval_tokens: int = field(default=16384, metadata={"help": "held-out tokens that each length is measured on"})
-    compare_dense: bool = field(default=False, metadata={"help": "also train the dense model, same data and steps"})
+    eval_tokens: int = option(16384, "held-out tokens that each length is measured on")
+    compare_dense: bool = option(False, "also train the dense model, same data and steps")
     prompt_tokens: int = 512
     new_tokens: int = 64
-    merge: bool = field(default=False, metadata={"help": "also write a checkpoint with the adapter merged"})
-    resume: bool = field(default=False, metadata={"help": "go on with an interrupted run in --output-dir"})
-    demo: bool = field(default=False, metadata={"help": "settings for minutes on 2 CPU cores; larger with a GPU"})
+    merge: bool = option(False, "also write a checkpoint with the adapter merged")
+    resume: bool = option(False, "go on with an interrupted run in --output-dir")
+    demo: bool = option(False, "settings for minutes on 2 CPU cores; larger with a GPU")
 
 
 DEFAULTS = {
@@ -128,6 +120,7 @@ def parse(arguments: list[str] | None) -> tuple[Options, TrainingArguments]:
         given = getattr(options, name)
         if (min(given) if isinstance(given, list) else given) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {given}")
+    trackers(training.report_to)
     if training.max_steps == 0:
         parser.error("--max-steps must be at least 1, or -1 for --num-train-epochs, got 0")
     if options.eval_tokens < max(options.eval_lengths):
@@ -166,13 +159,13 @@ def patch_settings(options: Options, config: PreTrainedConfig) -> dict:
         if wrong:
             raise ValueError(f"--dense-layers must be layers of 0..{len(layers) - 1}, got {wrong}.")
         settings["layers"] = sorted(set(layers) - set(options.dense_layers))
-    for name, option in (("rope_scaling", "--rope-scaling"), ("memory", "--memory")):
+    for name in ("rope_scaling", "memory"):
         given = getattr(options, name)
         if given:
             try:
                 settings[name] = json.loads(given)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{option} must be JSON, got {given!r}: {error}.") from None
+                raise ValueError(f"--{name.replace('_', '-')} must be JSON, got {given!r}: {error}.") from None
     if (settings.get("memory") or {}).get("dimensions"):
         raise ValueError("--memory: `dimensions` are calibrated on a model that stays as it is, not in training.")
     return settings
@@ -217,31 +210,6 @@ def tokenize(tokenizer, options: Options) -> tuple[list[dict], torch.Tensor]:
     return [{"input_ids": block, "labels": block} for block in blocks], ids[-options.eval_tokens :]
 
 
-@torch.no_grad()
-def window_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Mean loss in nats over the tokens 1 to N-1 of one window [N], from the model's own logits."""
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    parts = zip(logits.split(1024), ids[1:].split(1024))
-    total = sum(torch.nn.functional.cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
-    return total.item() / (len(ids) - 1)
-
-
-def perplexities(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int], name: str) -> dict[str, float]:
-    """Perplexity by context length; every length reads the same tokens [N], cut into windows of its own."""
-    model.eval()
-    windows = {length: ids[: len(ids) // length * length].split(length) for length in lengths}
-    result = {}
-    with tqdm(total=sum(map(len, windows.values())), desc=f"perplexity, {name}", unit="window") as bar:
-        for length, parts in windows.items():
-            losses = []
-            for part in parts:
-                losses.append(window_loss(model, part))
-                bar.update()
-            result[str(length)] = math.exp(sum(losses) / len(losses))
-    return result
-
-
 def lora_config(model: torch.nn.Module, options: Options) -> LoraConfig:
     """LoRA on every projection of the attention, whatever the family calls it."""
     paths = [
@@ -273,7 +241,7 @@ def train(
     model = get_peft_model(model, lora_config(model, options))
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
-    checkpoint = get_last_checkpoint(training.output_dir) if options.resume else None
+    checkpoint = last_complete_checkpoint(Path(training.output_dir)) if options.resume else None
     begin = int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else 0
     if done and done["steps"] == begin:
         model.load_adapter(checkpoint, model.active_adapter)  # the Trainer would take one more step
@@ -457,10 +425,4 @@ def report(data: dict, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    end_script(main)

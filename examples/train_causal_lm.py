@@ -1,26 +1,22 @@
 """Trains a LongNet language model from scratch on any text.
 
-    python examples/train_causal_lm.py                                 # the language reference inside every Python
-    python examples/train_causal_lm.py --text my_book.txt --preset configuration/longnet-enwik8-small.json
-    accelerate launch examples/train_causal_lm.py --text python-source --block_size 16384
-    python examples/train_causal_lm.py --resume                        # from the newest checkpoint of --output_dir
+    python -m examples.train_causal_lm                              # the language reference inside every Python
+    python -m examples.train_causal_lm --text my_book.txt --preset configuration/longnet-enwik8-small.json
+    accelerate launch -m examples.train_causal_lm --text python-source --block-size 16384
+    python -m examples.train_causal_lm --resume                     # from the newest checkpoint of --output-dir
 
 Bytes are the tokens unless --tokenizer names one. Ctrl-C ends the run after the current step, with a checkpoint. On one
 machine and one device, a resumed run gives the weights of a run that was never stopped, to the last bit on a CPU.
-In --output_dir: the model and its tokenizer for `from_pretrained`, checkpoint-N folders, results.json, training.png.
+In --output-dir: the model and its tokenizer for `from_pretrained`, checkpoint-N folders, results.json, training.png.
 """
 
 import itertools
 import json
 import logging
 import math
-import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +26,27 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, ByT5Tokenizer, HfArgumentParser, PreTrainedTokenizerBase, get_scheduler
 
-from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.dilated_cache import DilatedCache
-from packing import pack
-from perplexity import loss_by_position, summarise
-from reporting import new_figure, provenance, save_figure, write_json
-from texts import load_text
+from examples.packing import pack
+from examples.perplexity import loss_by_position, summarise
+from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.runs import (
+    DEMO_PRESET,
+    check_least,
+    end_script,
+    load_checkpoint,
+    open_output,
+    option,
+    save_checkpoint,
+    start_tracking,
+    trackers,
+)
+from examples.texts import load_text
+from modeling_longnet import DilatedCache, LongNetConfig, LongNetForCausalLM
+from modeling_longnet.streaming import interrupts_noted
 
 
 # It reports at every checkpoint that tied weights are stored once.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Settings:
     dataset_split: str = option("train", "its split")
     text_column: str = option("text", "its column with the text")
     tokenizer: str | None = option(None, "a tokenizer's folder or Hub id; without it, bytes")
-    preset: str = option(str(REPOSITORY / "configuration/longnet-demo-tiny.json"), "a model configuration")
+    preset: str = option(DEMO_PRESET, "a model configuration")
     output_dir: str = option("runs/train", "where everything goes")
     block_size: int | None = option(None, "tokens of a block; the configuration's max_position_embeddings if left out")
     chunk_size: int | None = option(
@@ -81,21 +82,19 @@ class Settings:
     eval_steps: int = option(250, "steps between evaluations; the last step is always followed by one")
     save_steps: int = option(250, "steps between checkpoints")
     save_total_limit: int = option(2, "older checkpoints are removed")
-    resume: bool = option(False, "go on from the newest checkpoint of --output_dir")
+    report_to: list[str] | None = option(None, "trackers, such as tensorboard, trackio or wandb, that are installed")
+    resume: bool = option(False, "go on from the newest checkpoint of --output-dir")
     seed: int = option(0, "of weights, dropout and the order of the blocks")
     sample_tokens: int = option(256, "tokens sampled after training, 0 for none")
 
     def __post_init__(self):
         counts = "batch_size gradient_accumulation_steps max_steps eval_blocks eval_steps save_steps save_total_limit"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
-        if self.sample_tokens < 0:
-            raise ValueError(f"`sample_tokens` must be at least 0, got {self.sample_tokens}.")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be at least 1, got {self.chunk_size}.")
+        check_least(self, counts.split())
+        check_least(self, ["sample_tokens"], 0)
+        if self.block_size is not None:
+            check_least(self, ["block_size"], 2)
+        if self.chunk_size is not None:
+            check_least(self, ["chunk_size"])
         if self.chunk_size is not None and self.gradient_checkpointing:
             raise ValueError("`gradient_checkpointing` cannot be had with `chunk_size`: it runs without a cache.")
         if not 0 < self.eval_fraction < 1:
@@ -103,8 +102,8 @@ class Settings:
 
 
 # What may differ between a run and its continuation: it changes neither the model nor the batches.
-FREE_TO_CHANGE = {"output_dir", "resume", "max_steps", "eval_blocks", "eval_steps", "save_steps", "save_total_limit",
-                  "sample_tokens"}  # fmt: skip
+FREE_TO_CHANGE = {"output_dir", "resume", "report_to", "max_steps", "eval_blocks", "eval_steps", "save_steps",
+                  "save_total_limit", "sample_tokens"}  # fmt: skip
 
 
 def load_documents(settings: Settings) -> list[str]:
@@ -142,68 +141,13 @@ def make_accelerator(settings: Settings) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it torchrun's processes would not know of each other
         mixed_precision=precision,
+        log_with=trackers(settings.report_to),
+        project_dir=settings.output_dir,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,  # by default it would advance once per process
     )
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def save_checkpoint(accelerator: Accelerator, settings: Settings, state: dict[str, Any]) -> Path:
-    """Written under another name first: a folder called checkpoint-N is a complete one."""
-    output_dir, step = Path(settings.output_dir), state["history"][-1]["step"]
-    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f"unfinished-checkpoint-{step}"
-    if final.is_dir():
-        return final
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(temporary / "training_state.json", state)
-        temporary.rename(final)
-        for old in checkpoints(output_dir)[: -settings.save_total_limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def load_checkpoint(accelerator: Accelerator, output_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Restores weights, optimizer, schedule, random states; returns the training state. Refuses another run's."""
-    found = checkpoints(output_dir)
-    if not found:
-        raise ValueError(f"`resume` needs a checkpoint-N folder in `output_dir`, got {str(output_dir)!r} without one.")
-    saved = json.loads((found[-1] / "training_state.json").read_text())
-    for name in sorted(identity):
-        if saved["identity"].get(name) != identity[name]:
-            raise ValueError(
-                f"`resume` goes on with the run as it was: {name} must be {saved['identity'].get(name)!r} as in "
-                f"{found[-1]}, got {identity[name]!r}."
-            )
-    accelerator.load_state(str(found[-1]))
-    return saved
-
-
-@contextmanager
-def interrupts_noted():
-    """Within it Ctrl-C and SIGTERM only append to the list that it gives; a second Ctrl-C interrupts at once."""
-    noted = []
-
-    def note(number, frame):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -318,8 +262,9 @@ class Trainer:
 
     def record(self, step: int, loss: float, seconds: float, progress: tqdm) -> None:
         speed = round(self.tokens_per_step / seconds)
-        self.history.append({"step": step, "loss": loss, "learning_rate": self.scheduler.get_last_lr()[0],
-                             "tokens_per_second": speed})  # fmt: skip
+        row = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], "tokens_per_second": speed}
+        self.history.append({"step": step} | row)
+        self.accelerator.log(row, step=step)
         progress.update()
         progress.set_postfix_str(f"loss {loss:.3f}, {speed} tokens/s")
 
@@ -346,7 +291,8 @@ class Trainer:
                 self.record(step, self.step(batches), time.perf_counter() - began, progress)
                 last, stop = step == settings.max_steps, self.stop_asked(noted)
                 if last or (step % settings.eval_steps == 0 and not stop):
-                    self.evaluations.append({"step": step} | self.evaluate())
+                    self.evaluations.append({"step": step} | (found := self.evaluate()))
+                    self.accelerator.log({f"eval_{k}": x for k, x in found.items() if isinstance(x, float)}, step=step)
                     progress.write(describe(self.evaluations[-1]))
                 if last or stop or step % settings.save_steps == 0:
                     folder = self.save()
@@ -416,13 +362,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
-    """Runs the script; returns what results.json holds, or None if it was interrupted."""
+    """Runs the script; returns what results.json holds (nothing on other processes), or None if it was interrupted."""
     (settings,) = HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses(arguments)
-    if not settings.resume and checkpoints(Path(settings.output_dir)):
-        raise ValueError(
-            f"`output_dir` must hold no checkpoints without --resume, got {settings.output_dir!r}, which does."
-        )
-    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the work
+    open_output(settings)
     trainer = Trainer(settings)
     if settings.resume:
         trainer.load()
@@ -430,14 +372,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
         f"{trainer.accelerator.unwrap_model(trainer.model).num_parameters():,} parameters, "
         f"{trainer.data.train.numel():,} tokens to train on, {trainer.tokens_per_step:,} a step"
     )
-    if not trainer.train():
-        return None
-    return finish(trainer) if trainer.accelerator.is_main_process else None
+    start_tracking(trainer.accelerator, settings)
+    result = None
+    if trainer.train():
+        result = finish(trainer) if trainer.accelerator.is_main_process else {}
+    trainer.accelerator.end_training()
+    return result
 
 
 if __name__ == "__main__":
-    try:
-        finished = main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    sys.exit(0 if finished else 130)
+    end_script(main)

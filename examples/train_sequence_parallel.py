@@ -1,18 +1,16 @@
 """Trains on texts that are split over several processes: a LongNet from scratch, or LoRA on a patched checkpoint.
 
-    torchrun --nproc_per_node 2 examples/train_sequence_parallel.py                        # from scratch, on CPUs too
-    accelerate launch --config_file configuration/accelerate/gpus_8.yaml examples/train_sequence_parallel.py \\
-        --model HuggingFaceTB/SmolLM2-135M --block_size 65536 --mixed_precision bf16
-    python examples/train_sequence_parallel.py                                             # one process: the same curve
+    torchrun --nproc_per_node 2 -m examples.train_sequence_parallel                        # from scratch, on CPUs too
+    accelerate launch --config_file configuration/accelerate/gpus_8.yaml -m examples.train_sequence_parallel \\
+        --model HuggingFaceTB/SmolLM2-135M --block-size 65536 --mixed-precision bf16
+    python -m examples.train_sequence_parallel                                             # one process: the same curve
 
-All processes share each text unless --sequence_parallel_size says fewer; then the groups share the batches. What
+All processes share each text unless --sequence-parallel-size says fewer; then the groups share the batches. What
 differs from a stock Accelerate loop are the three lines marked below. Checkpoints are whole ones that know nothing of
-the processes: --resume goes on from the newest, also with another --sequence_parallel_size.
+the processes: --resume goes on from the newest, also with another --sequence-parallel-size.
 """
 
-import json
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,22 +30,33 @@ from transformers import (
     get_scheduler,
 )
 
-from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.patching import patch_model
+from examples.packing import pack
+from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.runs import (
+    DEMO_PRESET,
+    check_least,
+    end_script,
+    geometric_patterns,
+    load_checkpoint,
+    open_output,
+    option,
+    save_checkpoint,
+    start_tracking,
+    trackers,
+)
+from examples.texts import load_text
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, patch_model
 from modeling_longnet.sequence_parallel import SequenceParallel
-from packing import pack
-from reporting import new_figure, provenance, save_figure, write_json
-from texts import load_text
-from train_causal_lm import REPOSITORY, checkpoints, interrupts_noted, load_checkpoint, option, save_checkpoint
+from modeling_longnet.streaming import interrupts_noted
 
 
 @dataclass
 class Settings:
     sequence_parallel_size: int | None = option(None, "processes that share a text; all of them if left out")
     model: str | None = option(None, "a checkpoint to patch and train with LoRA; without it, a LongNet from scratch")
-    segment_lengths: list[int] | None = option(None, "of the patch; geometric up to --block_size if left out")
+    segment_lengths: list[int] | None = option(None, "of the patch; geometric up to --block-size if left out")
     dilation_rates: list[int] | None = option(None, "of the patch, as many")
-    preset: str = option(str(REPOSITORY / "configuration/longnet-demo-tiny.json"), "of the LongNet from scratch")
+    preset: str = option(DEMO_PRESET, "of the LongNet from scratch")
     text: str = option("python-docs", "a file, a folder, or a name out of texts.py")
     output_dir: str = option("runs/sequence-parallel", "where everything goes")
     block_size: int = option(2048, "tokens of a text")
@@ -60,13 +69,12 @@ class Settings:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     save_steps: int = option(50, "steps between checkpoints")
     save_total_limit: int = option(2, "older checkpoints are removed")
-    resume: bool = option(False, "go on from the newest checkpoint of --output_dir")
+    report_to: list[str] | None = option(None, "trackers, such as tensorboard, trackio or wandb, that are installed")
+    resume: bool = option(False, "go on from the newest checkpoint of --output-dir")
     seed: int = option(0, "of weights and the order of the texts")
 
     def __post_init__(self):
-        for name in ("block_size", "batch_size", "max_steps", "save_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_least(self, ("block_size", "batch_size", "max_steps", "save_steps", "save_total_limit"))
         given = [name for name in ("segment_lengths", "dilation_rates") if getattr(self, name) is not None]
         if len(given) == 1:
             raise ValueError(f"`segment_lengths` and `dilation_rates` belong together, got {given[0]} alone.")
@@ -75,7 +83,7 @@ class Settings:
 
 
 # What may differ between a run and its continuation: it changes neither the model nor the batches.
-FREE_TO_CHANGE = {"output_dir", "resume", "save_steps", "save_total_limit", "sequence_parallel_size"}
+FREE_TO_CHANGE = {"output_dir", "resume", "report_to", "save_steps", "save_total_limit", "sequence_parallel_size"}
 
 
 class Blocks(Dataset):
@@ -92,12 +100,6 @@ class Blocks(Dataset):
         order = torch.randperm(len(self.blocks), generator=torch.Generator().manual_seed(self.seed + epoch))
         ids = self.blocks[order[item]].long()
         return {"input_ids": ids, "labels": ids}
-
-
-def geometric_schedule(block_size: int) -> tuple[list[int], list[int]]:
-    """Segments of 256, 1024, ... tokens up to the block, all with 256 tokens a head."""
-    steps = range(max(1, math.ceil(math.log(block_size / 256, 4)) + 1))
-    return [min(block_size, 256 * 4**i) for i in steps], [4**i for i in steps]
 
 
 def make_model(settings: Settings):
@@ -120,7 +122,7 @@ def make_model(settings: Settings):
         model = AutoModelForCausalLM.from_pretrained(settings.model, config=config)
         lengths, rates = settings.segment_lengths, settings.dilation_rates
         if lengths is None:
-            lengths, rates = geometric_schedule(settings.block_size)
+            lengths, rates = map(list, zip(*geometric_patterns(settings.block_size, 256, 4, clip=True)))
         patch_model(model, lengths, rates)
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     if settings.gradient_checkpointing:
@@ -133,7 +135,12 @@ def make_model(settings: Settings):
 class Run:
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=settings.mixed_precision)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=settings.mixed_precision,
+            log_with=trackers(settings.report_to),
+            project_dir=settings.output_dir,
+        )
         set_seed(settings.seed)
         model, self.tokenizer = make_model(settings)
         self.data = pack([load_text(settings.text)], self.tokenizer, settings.block_size, 0.05, 4)
@@ -182,6 +189,7 @@ class Run:
                 loss = self.step(batch)
                 row = {"step": len(self.history) + 1, "loss": loss, "seconds": time.perf_counter() - began}
                 self.history.append(row)
+                accelerator.log({"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0]}, step=row["step"])
                 progress.update()
                 progress.set_postfix(loss=f"{loss:.3f}")
                 if row["step"] == 1 and accelerator.is_main_process:
@@ -234,22 +242,15 @@ class Run:
 def main(arguments: list[str] | None = None) -> dict | None:
     """Runs the script; returns what results.json holds, or None if it was interrupted."""
     (settings,) = HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses(arguments)
-    output = Path(settings.output_dir)
-    if not settings.resume and checkpoints(output):
-        raise ValueError(f"`output_dir` must hold no checkpoints without --resume, got {settings.output_dir!r}.")
-    output.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the work
+    output = open_output(settings)
     run = Run(settings)
     if settings.resume:
-        saved = load_checkpoint(run.accelerator, output, json.loads(json.dumps(run.identity)))
-        run.history = saved["history"]
-    return run.finish() if run.train() else None
+        run.history = load_checkpoint(run.accelerator, output, run.identity)["history"]
+    start_tracking(run.accelerator, settings)
+    result = run.finish() if run.train() else None
+    run.accelerator.end_training()
+    return result
 
 
 if __name__ == "__main__":
-    try:
-        finished = main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    sys.exit(0 if finished else 130)
+    end_script(main)

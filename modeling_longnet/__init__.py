@@ -24,6 +24,7 @@ from .dilated_attention_reference import dilated_attention_reference
 from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
 from .exporting import export_patched_model
+from .memory_bank import MemoryBank
 from .model_card import make_model_card, upload_with_card
 from .modeling_longnet import (
     LongNetForCausalLM,
@@ -81,6 +82,7 @@ __all__ = [
     "LongViTConfig",
     "LongViTForImageClassification",
     "LongViTModel",
+    "MemoryBank",
     "__version__",
     "calibrate_memory",
     "dilated_attention",

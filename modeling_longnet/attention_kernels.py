@@ -16,10 +16,13 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
+from .triton_attention import why_not_triton
+
 
 aten = torch.ops.aten
 # Looked for once: a forward that is being compiled could not.
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -142,7 +145,7 @@ class FlashAttention2:
         return tuple(g.transpose(1, 2) for g in grads)
 
 
-BACKENDS = ("eager", "sdpa", "flash_attention_2")
+BACKENDS = ("eager", "sdpa", "flash_attention_2", "triton")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -163,6 +166,8 @@ def why_not(backend: str, query: torch.Tensor, dropout: float) -> str | None:
         if device == "cuda" and query.dtype in _HALF and width > 256:
             return f"PyTorch's flash kernel takes head dimensions up to 256, got {width}"
         return None
+    if backend == "triton":
+        return why_not_triton(query) if HAS_TRITON else "Triton is not installed (pip install triton; Linux)"
     if not HAS_FLASH_ATTN:
         return "the flash-attn package is not installed (pip install flash-attn)"
     if device != "cuda" or query.dtype not in _HALF:
@@ -196,7 +201,16 @@ def refuse_tangents(backend: str, *tensors: torch.Tensor) -> None:
 
 
 def get_kernel(backend: str, query: torch.Tensor) -> type[Kernel]:
-    """The kernel behind a backend that `choose_backend` returned ("eager" has none)."""
+    """The kernel behind a backend that `choose_backend` returned ("eager" has none).
+
+    Raises:
+        ValueError: for "triton", which knows whole patterns and no blocks.
+    """
+    if backend == "triton":
+        raise ValueError(
+            "`backend='triton'` wants all keys at hand: it runs no memory, no chunk behind a bounded cache, no "
+            "sequence parallelism. Use another backend, or None, with those."
+        )
     if backend == "flash_attention_2":
         return FlashAttention2
     if query.device.type == "cpu":

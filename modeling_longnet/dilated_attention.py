@@ -22,6 +22,7 @@ from .document_ids import document_positions
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
+from .triton_attention import TritonCall, triton_backward, triton_forward
 
 
 # The argument of models by which attention functions get an object whose `attend` they hand on as `elsewhere`.
@@ -73,6 +74,10 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
     out, lse = _empty_out(query)
+    if backend == "triton":
+        settings = (document_ids, query_offset, schedule, *_heads(heads), scale)
+        triton_forward(TritonCall(query, key, value, *settings), out, lse)
+        return out, lse
     # Half precisions are mixed in float32: rounding between patterns would cost what the kernels took care to keep.
     mixed = out if query.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
     mixed.zero_()
@@ -92,6 +97,9 @@ def _backward(
     schedule = DilationSchedule.from_text(schedule)
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
+    if backend == "triton":
+        settings = (document_ids, query_offset, schedule, *_heads(heads), scale)
+        return triton_backward(TritonCall(query, key, value, *settings), grad, out, lse)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
     kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
@@ -233,23 +241,10 @@ def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_
 
 
 def scheduled_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    schedule: DilationSchedule,
-    *,
-    scale: float | None = None,
-    inv_freq: torch.Tensor | None = None,
-    basis: MemoryBasis | None = None,
-    dropout: float = 0.0,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
-    document_ids: torch.Tensor | None = None,
-    query_offset: int | torch.Tensor | None = None,
-    backend: str | None = None,
-    return_lse: bool = False,
-    elsewhere: Callable[..., torch.Tensor] | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, schedule: DilationSchedule, *, scale=None, inv_freq=None, basis=None, dropout=0.0,
+    head_index_offset=0, total_num_heads=None, document_ids=None, query_offset=None, backend=None, return_lse=False,
+    elsewhere=None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """[`dilated_attention`] by a schedule that was made and checked before: what models call."""
     query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
     _check_types(
@@ -338,7 +333,9 @@ def dilated_attention(
         query_offset: index of the first query among the keys, an integer or an integer tensor of one element;
             N - Q by default.
         backend: "eager" (plain PyTorch: dropout, second derivatives), "sdpa" (PyTorch's fused kernels),
-            "flash_attention_2" (the flash-attn package), or None for the best that can run these inputs.
+            "flash_attention_2" (the flash-attn package), or None for the best of these that can run the inputs.
+            "triton" (one launch per pattern, CUDA) is taken when named only: it has been checked in Triton's
+            interpreter and by its compiler, but has not run on a GPU yet.
         return_lse: also return the log-sum-exp of the logits.
         elsewhere: what computes the operator where only some of the keys are at hand (see sequence_parallel.py).
 

@@ -17,6 +17,7 @@ from .dilated_cache_layer import DilatedLayer, Step
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
 from .document_ids import Documents, find_documents, order_of_padding_behind, restore_order
+from .memory_store import open_store
 from .transformers_compat import (
     LinearAttentionCacheLayerMixin,
     attention_of,
@@ -84,6 +85,9 @@ class DilatedCache(DynamicCache):
         config: of a LongNet or a patched model. Layers that a patch has left alone keep the cache that they had.
         max_length: tokens to make room for at first; texts that grow longer make the cache grow, up to S. None for all
             of S at once: shapes are then static, and `generate` compiles decoding where it does so for a StaticCache.
+        store: where layers with a memory keep their tokens: `"device"`; `"cpu"`, pinned if the device is a GPU, which
+            then holds the window, the index of the blocks and what is read of them; or `"disk"`, in files of the new
+            folder `path`, which `save_cache(path, ...)` makes a state that `load_cache(path, ...)` goes on from.
 
     Attributes:
         positions: tokens of each row that are in the slots, int64 [B]; None before the first forward.
@@ -93,12 +97,13 @@ class DilatedCache(DynamicCache):
         step: what the forward that runs needs, between its first and its last dilated layer.
 
     Raises:
-        ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values.
+        ValueError: a configuration without a causal schedule, or of layers that keep more than keys and values; a store
+            without a memory, a folder that holds one already.
     """
 
-    __slots__ = ("dilated_layers", "rope", "schedule", "step")  # see `DilatedLayer`
+    __slots__ = ("dilated_layers", "folder", "rope", "schedule", "step")  # see `DilatedLayer`
 
-    def __init__(self, config, max_length: int | None = None):
+    def __init__(self, config, max_length: int | None = None, *, store: str = "device", path=None):
         if exporter_is_loaded():
             register_for_export(type(self))
         if max_length is not None:
@@ -119,13 +124,15 @@ class DilatedCache(DynamicCache):
         self.rope, self.step = length_dependent_rope(config), None
         self.positions = self.seen = self.pads = None
         self.waiting, self.had_padding_behind = 0, False
+        self.folder = open_store(store, path, self.schedule.memory is not None)
+        kept = {"kind": store, "folder": self.folder}
         heads = config.num_attention_heads
         heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
         layers += [None] * (depth - len(layers))
         for index in dilated:
             schedule = self.schedule.of_layer(index)
-            kind = DilatedLayer if schedule.memory is None else MemoryLayer
-            layers[index] = kind(schedule, max_length, heads_per_key, index)
+            kind, where = (DilatedLayer, {}) if schedule.memory is None else (MemoryLayer, kept)
+            layers[index] = kind(schedule, max_length, heads_per_key, index, **where)
         Cache.__init__(self, layers=layers)
         self.dilated_layers = [layers[index] for index in dilated]
 
@@ -446,10 +453,23 @@ class DilatedCache(DynamicCache):
     def memory_footprint(self) -> int:
         """Bytes of keys and values in all slots: see the formula above. 0 before the first forward.
 
-        Layers with a memory keep all tokens, and room for up to half as many more, with the index of their blocks.
+        Layers with a memory keep all tokens, and room for up to half as many more, with the index of their blocks;
+        files count, those of a bank do not. `memory_by_place` tells them apart.
         """
-        layers = [layer for layer in self.dilated_layers if layer.is_initialized]
-        return sum(x.numel() * x.element_size() for layer in layers for x in layer.stored().values())
+        return sum(self.memory_by_place().values())
+
+    def memory_by_place(self) -> dict[str, int]:
+        """The same bytes by where they lie: "device", "cpu" (beside a device that is none), "disk"."""
+        places: dict[str, int] = {}
+        for layer in self.dilated_layers:
+            for place, size in layer.bytes().items() if layer.is_initialized else ():
+                places[place] = places.get(place, 0) + size
+        return places
+
+    def close(self) -> None:
+        """Lets others open the folder of a cache on disk; nothing more can be read into this one."""
+        if self.folder is not None:
+            self.folder.close()
 
 
 __all__ = ["DilatedCache"]

@@ -3,6 +3,7 @@
 from transformers.utils import logging
 
 from .dilated_cache import DilatedCache, dilated_layer_indices
+from .memory_store import refuse_rows_on_disk
 from .transformers_compat import CACHE, changes_frequencies, length_dependent_rope, text_config_of
 
 
@@ -41,6 +42,8 @@ def prepare_dilated_cache(model, generation_config, model_kwargs: dict, max_cach
             "`generate` cannot use a cache in training with gradient checkpointing, which sets caches aside: call "
             "`model.eval()` before, or pass `use_cache=False`."
         )
+    if (generation_config.num_beams or 1) > 1:
+        refuse_rows_on_disk(model_kwargs.get(CACHE))
     mask = model_kwargs.get("attention_mask")
     if generation_config.is_assistant and mask is not None and mask.dim() == 2:
         # `generate` has taken each padding token among the drafted ones for padding.

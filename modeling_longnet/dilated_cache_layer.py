@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention_kernels import as_autocast, refuse_tangents
-from .dilated_attention import dilated_attention
+from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule
 from .visible_attention import attend_visible
@@ -76,8 +76,7 @@ def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     """The rows of the batch that stand at one position and have no padding in this chunk."""
     heads = {"head_index_offset": layout.head_index_offset, "total_num_heads": layout.total_num_heads}
     if origin == 0:
-        arguments = layout.schedule.as_arguments()
-        return dilated_attention(query, key, value, **arguments, **heads, scale=scale, backend=backend)
+        return scheduled_attention(query, key, value, layout.schedule, **heads, scale=scale, backend=backend)
     start = origin + key.shape[2] - query.shape[2]
     shift = _same_phase(layout.schedule, origin)
 
@@ -320,6 +319,10 @@ class DilatedLayer(CacheLayerMixin):
     def stored(self) -> dict[str, torch.Tensor]:
         """What is kept of the text, by name."""
         return {"keys": self.keys, "values": self.values}
+
+    def bytes(self) -> dict[str, int]:
+        """What that takes, by where it lies."""
+        return {"device": sum(x.nbytes for x in self.stored().values())}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes what `stored` gave for another layer of this kind and size, of which `keys` and `values` exist.

@@ -1,7 +1,8 @@
 """A layer of a bounded cache that is not bounded: a layer with a memory keeps every token, for any may be asked for.
 
-Keys and values lie in the order of their positions, an index of their blocks beside them; both only grow. So whatever
-reads them - a chunk, a decoding step - sees what a full forward sees, and chooses the same blocks.
+Keys and values lie in the order of their positions, an index of their blocks beside them; both only grow, in a store
+(memory_store.py). So whatever reads them - a chunk, a decoding step - sees what a full forward sees, and chooses the
+same blocks.
 
 Letters: B batch, H query heads, G key/value heads, Q query tokens, D head dimension, n blocks, d dimensions ranked in.
 """
@@ -12,33 +13,40 @@ import torch
 
 from .attention_kernels import choose_backend
 from .dilated_cache_layer import DilatedLayer, Step
-from .memory_attention import MemoryCall, attend_memory, choose
+from .memory_attention import MemoryCall, attend_memory, attend_stored, choose_indexed
+from .memory_pages import StoreFolder
 from .memory_positions import anchor
 from .memory_search import Ranking
 from .memory_step import attend_step
-
-
-ROOM_STEP = 256  # tokens
+from .memory_store import Shape, Store, make_store
 
 
 class MemoryLayer(DilatedLayer):
-    """`keys` and `values` [B, G, tokens and room for more, D], `index` [B, G, n, 2 d] of the whole blocks among them,
-    and `far_index`, the same for blocks at a clamped distance."""
+    """`store` holds what was read: "device", "cpu" or "disk" by `kind`, the last in a `folder`."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, kind: str = "device", folder: StoreFolder | None = None):
+        super().__init__(*args)
         self.is_compileable = False
+        self.kind, self.folder = kind, folder
+        self.head_index_offset, self.total_num_heads = 0, None
+        self.store: Store | None = None
         self.ranking: Ranking | None = None
         self.position_ids: torch.Tensor | None = None  # of the new tokens, [B, Q]; whoever attends may tell them before
-        self.index = self.far_index = None
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor, head_index_offset: int = 0, total_num_heads=None
     ) -> None:
-        batch, self.num_kv_heads, _, width = key_states.shape
-        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
         self.head_index_offset, self.total_num_heads = head_index_offset, total_num_heads
-        self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[-1]) for x in (key_states, value_states))
+        batch, groups, _, width = key_states.shape
+        size = self.schedule.memory.block_size
+        shape = Shape(batch, groups, width, key_states.dtype, key_states.device, size)
+        self.begin_with(make_store(self.kind, shape, self.folder, self.layer_idx))
+
+    def begin_with(self, store: Store) -> None:
+        """Goes on with what a store holds."""
+        self.store, shape = store, store.shape
+        self.dtype, self.device = shape.dtype, shape.device
+        self.batch_size, self.num_kv_heads = shape.batch, shape.groups
         self.is_initialized = True
 
     def grow(self, max_length: int) -> None:
@@ -46,7 +54,7 @@ class MemoryLayer(DilatedLayer):
         self.max_length = max_length if max_length < max(self.schedule.segment_lengths) else None
 
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
-        if step.is_padded or len(self.schedule.patterns) > 1:
+        if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint:
             return self._attend_chunk(step, query, key, value, scale, None)
         self._prepare(step)
         query, key = self._anchor(step, query, key)
@@ -57,8 +65,8 @@ class MemoryLayer(DilatedLayer):
                 own = slice(row, row + 1)
                 self._append(own, first, key[own], value[own])
         position = step.first.to(query.device)
-        indices = self.index, self.far_index
-        return attend_step(self.ranking, query, self.keys, self.values, *indices, position, scale)
+        indices = (self.store.ranked(name, slice(None)) for name in ("index", "far"))
+        return attend_step(self.ranking, query, self.store.gather, self.num_kv_heads, *indices, position, scale)
 
     def _prepare(self, step: Step) -> None:
         if torch.compiler.is_compiling():
@@ -72,7 +80,7 @@ class MemoryLayer(DilatedLayer):
         self._prepare(step)
         query, key = self._anchor(step, query, key)
         columns, places = query.shape[2], list(zip(*step.news))
-        alike = len(set(places)) == 1
+        alike = len(set(places)) == 1 and (self.store.is_joint or len(places) == 1)
         rows = [(slice(None), *places[0])] if alike else [(slice(i, i + 1), *p) for i, p in enumerate(places)]
         wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         outs = []
@@ -82,18 +90,26 @@ class MemoryLayer(DilatedLayer):
             if pad == columns:
                 outs.append(torch.zeros_like(query[row]))
                 continue
-            past = [x[row, :, : first + columns - pad] for x in (self.keys, self.values)]
-            if wants_grad:  # gradients reach the new tokens; what came before is state
-                past = [torch.cat([x[:, :, :first], y[row, :, pad:]], 2) for x, y in zip(past, (key, value))]
             call = MemoryCall(
                 self.ranking, first, query.shape[1], self.num_kv_heads, self.head_index_offset, self.total_num_heads,
                 scale, choose_backend(backend, query, 0.0),
             )  # fmt: skip
-            own = query[row, :, pad:]
-            indices = (x if x is None else x[row] for x in (self.index, self.far_index))
-            out, _ = attend_memory(call, own, *past, choose(call, own, past[0], *indices))
+            new = key[row, :, pad:], value[row, :, pad:]
+            out = self._attend_rows(call, row, query[row, :, pad:], *new, wants_grad)
             outs.append(torch.nn.functional.pad(out, (0, 0, pad, 0)))
         return outs[0] if alike else torch.cat(outs)
+
+    def _attend_rows(self, call: MemoryCall, row: slice, query, key, value, wants_grad: bool) -> torch.Tensor:
+        """Rows alike, of which the store holds the new tokens [b, G, Q, D] already."""
+        chosen = choose_indexed(call, query, *(self.store.ranked(name, row) for name in ("index", "far")))
+        end = call.start + query.shape[2]
+        past = self.store.whole(row, end)
+        if past is None and not wants_grad:
+            return attend_stored(call, query, self.store, row, chosen)
+        past = self.store.span(row, 0, end) if past is None else past
+        if wants_grad:  # gradients reach the new tokens; what came before is state
+            past = [torch.cat([x[:, :, : call.start], y], 2) for x, y in zip(past, (key, value))]
+        return attend_memory(call, query, *past, chosen)[0]
 
     def _anchor(self, step: Step, query, key) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys whose angles count from each row's first token."""
@@ -108,44 +124,32 @@ class MemoryLayer(DilatedLayer):
     def _append(self, row: slice, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps new tokens [b, G, T, D] of a row, or of all rows, from position `first` on; indexes what is whole."""
         size, end = self.schedule.memory.block_size, first + key.shape[2]
-        if end > self.keys.shape[2]:
-            room = -(-max(end, self.keys.shape[2] * 3 // 2) // ROOM_STEP) * ROOM_STEP - self.keys.shape[2]
-            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (self.keys, self.values))
-        self.keys[row, :, first:end] = key
-        self.values[row, :, first:end] = value
+        self.store.write(row, first, key, value)
         begin, stop = first // size, end // size
         if begin < stop:
-            whole = self.keys[row, :, begin * size : stop * size]
-            self.index = self._fill(self.index, row, begin, self.ranking.index(whole, begin))
+            whole = self.store.span(row, begin * size, stop * size)[0]
+            self.store.write_index("index", row, begin, self.ranking.index(whole, begin))
             if self.schedule.memory.max_distance is not None:
-                self.far_index = self._fill(self.far_index, row, begin, self.ranking.far_index(whole, begin))
-
-    def _fill(self, index: torch.Tensor | None, row: slice, begin: int, new: torch.Tensor) -> torch.Tensor:
-        room = self.keys.shape[2] // self.schedule.memory.block_size
-        if index is None:
-            index = new.new_zeros(self.batch_size, self.num_kv_heads, room, new.shape[-1])
-        elif index.shape[2] < room:
-            index = torch.nn.functional.pad(index, (0, 0, 0, room - index.shape[2]))
-        index[row, :, begin : begin + new.shape[2]] = new
-        return index
+                self.store.write_index("far", row, begin, self.ranking.far_index(whole, begin))
 
     def keep_recorded(self, columns: int, origins: torch.Tensor, pads: torch.Tensor) -> None:
         """Nothing waits: what is forgotten is overwritten by what comes next."""
 
     def stored(self) -> dict[str, torch.Tensor]:
-        tensors = {"keys": self.keys, "values": self.values, "index": self.index, "far_index": self.far_index}
-        return {name: x for name, x in tensors.items() if x is not None}
+        return self.store.stored()
+
+    def bytes(self) -> dict[str, int]:
+        return self.store.bytes()
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.keys, self.values = tensors["keys"], tensors["values"]
-        self.index, self.far_index = tensors.get("index"), tensors.get("far_index")
+        self.store.restore(tensors)
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:
-            self.restore({name: function(x) for name, x in self.stored().items()})
-            self.batch_size = len(self.keys)
+            self.store.map_batch(function)
+            self.batch_size = self.store.shape.batch
 
     def reset(self) -> None:
         self.awaited = False
         if self.is_initialized:
-            self.keys, self.values, self.index, self.far_index = self.keys[:, :, :0], self.values[:, :, :0], None, None
+            self.store.reset()

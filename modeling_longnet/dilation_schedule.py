@@ -13,12 +13,10 @@ from .memory_spec import MemorySpec
 from .transformers_compat import text_config_of
 
 
-HEAD_OFFSETS = ("modulo", "contiguous")
-OVERLAPS = ("count", "once")
-PADDINGS = ("mask", "zeros")
-LOCALS = ("segment", "sliding")
-
-
+CHOICES = {
+    "head_offsets": ("modulo", "contiguous"), "overlap": ("count", "once"), "padding": ("mask", "zeros"),
+    "local": ("segment", "sliding"),
+}  # fmt: skip
 LARGEST = 2**62  # what tensors can count with
 
 
@@ -59,11 +57,6 @@ def _check_integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     if any(later < earlier for earlier, later in zip(values, values[1:])):
         raise ValueError(f"`{name}` must not decrease from one pattern to the next, got {list(values)!r}.")
     return tuple(values)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -129,10 +122,10 @@ class DilationSchedule:
                 raise ValueError(f"`dilation_rates` must not exceed their segment length, got rate {r} for length {w}.")
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"`is_causal` must be True or False, got {self.is_causal!r}.")
-        _check_choice("head_offsets", self.head_offsets, HEAD_OFFSETS)
-        _check_choice("overlap", self.overlap, OVERLAPS)
-        _check_choice("padding", self.padding, PADDINGS)
-        _check_choice("local", self.local, LOCALS)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
         sinks = as_integer(self.num_sink_tokens)
         if sinks is None or not 0 <= sinks <= LARGEST:
             raise ValueError(f"`num_sink_tokens` must be an integer of at least 0, got {self.num_sink_tokens!r}.")

@@ -1,4 +1,5 @@
-"""Padding masks and restarting positions, read as document ids: which tokens belong together.
+"""Padding masks and restarting positions, read as document ids: which tokens belong together. These are LongNet's laws;
+what a patched model does otherwise is told in patched_mask.py.
 
 Letters: B batch, Q tokens of the queries, N tokens of the keys (cached ones first).
 """
@@ -38,28 +39,6 @@ class Documents(NamedTuple):
     order: torch.Tensor | None
     positions: torch.Tensor
     is_split: torch.Tensor | None = None
-
-
-def query_extent(
-    cache: Cache | None, query_length: int, device: torch.device, is_causal: bool = True
-) -> tuple[int | torch.Tensor, int]:
-    """Index of the first query among the keys (a 0-dim tensor for a static cache in use), and N.
-
-    Raises:
-        ValueError: for a bidirectional model with a cache that holds room for later tokens, which it would see.
-    """
-    if cache is None:
-        return 0, query_length
-    offset = cache.get_seq_length()
-    if isinstance(offset, torch.Tensor):
-        offset = offset.to(device) + 0  # a copy: the first layer's update moves the cache's own tensor on
-    key_length = cache.get_mask_sizes(query_length, 0)[0]
-    if not is_causal and (isinstance(offset, torch.Tensor) or key_length != offset + query_length):
-        raise ValueError(
-            "`cache` of a bidirectional model must hold nothing but its tokens, got "
-            f"{type(cache).__name__} with room for {key_length}."
-        )
-    return offset, key_length
 
 
 def holds_pairs(attention_mask: torch.Tensor | None) -> bool:
@@ -160,7 +139,7 @@ def find_pairs(
     return Documents(visible.expand(batch_size, -1, -1, -1), None, position_ids)
 
 
-def _document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Which tokens begin a new document, [B, Q]: where the positions [B, Q] do not go on by one.
 
     After padding a higher position goes on as well, be it that the positions count the padding or not.
@@ -236,7 +215,7 @@ def _read_ids(attention_mask: torch.Tensor, slots: torch.Tensor) -> Documents:
     return Documents(ids, order, _positions(ids)[:, slots], is_split)
 
 
-def _first_key(position_ids: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def first_key(position_ids: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Index of the key at which each row's first document begins by its `position_ids`, [B, 1]; all else is [B, Q]."""
     at = real.int().argmax(1, keepdim=True)  # a row may begin with padding, which has no place
     return (slots[at] - position_ids.gather(1, at)).clamp(min=0)
@@ -296,9 +275,9 @@ def find_documents(
     first = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # index at which the queries' documents begin
     if position_ids is not None:
         position_ids, real_queries = position_ids.expand(batch_size, -1), real[:, slots]
-        begins_of_queries = _document_begins(position_ids, real_queries)
+        begins_of_queries = document_begins(position_ids, real_queries)
         if not isinstance(query_offset, int) or query_offset > 0:
-            first = _first_key(position_ids, real_queries, slots)
+            first = first_key(position_ids, real_queries, slots)
         if attention_mask is None and not is_tracing(first) and not (begins_of_queries.any() or first.any()):
             return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
         begins = begins.index_copy(1, slots, begins_of_queries)
@@ -324,15 +303,29 @@ def read_documents(
     device: torch.device,
     is_causal: bool = True,
 ) -> tuple[int | torch.Tensor, Documents]:
-    """Index of the first query among the keys that the attention will be given, and the documents of those keys."""
+    """Index of the first query among the keys that the attention will be given (a 0-dim tensor for a static cache in
+    use), and the documents of those keys.
+
+    Raises:
+        ValueError: for a bidirectional model with a cache that holds room for later tokens, which it would see.
+    """
     # CODEPATH: a bounded cache has forgotten the earlier keys, and knows where each row's text goes on.
     if hasattr(cache, "read_documents"):
         return 0, cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
-    query_offset, key_length = query_extent(cache, query_length, device, is_causal)
+    offset, key_length = 0, query_length
+    if cache is not None:
+        offset, (key_length, _) = cache.get_seq_length(), cache.get_mask_sizes(query_length, 0)
+        if isinstance(offset, torch.Tensor):
+            offset = offset.to(device) + 0  # a copy: the first layer's update moves the cache's own tensor on
+        if not is_causal and (isinstance(offset, torch.Tensor) or key_length != offset + query_length):
+            raise ValueError(
+                "`cache` of a bidirectional model must hold nothing but its tokens, got "
+                f"{type(cache).__name__} with room for {key_length}."
+            )
     extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
     if holds_pairs(attention_mask):
-        return query_offset, find_pairs(attention_mask, position_ids, **extent)
-    return query_offset, find_documents(attention_mask, position_ids, query_offset=query_offset, **extent)
+        return offset, find_pairs(attention_mask, position_ids, **extent)
+    return offset, find_documents(attention_mask, position_ids, query_offset=offset, **extent)
 
 
 def _positions(document_ids: torch.Tensor) -> torch.Tensor:

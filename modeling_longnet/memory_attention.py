@@ -12,13 +12,17 @@ import torch
 
 from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, merge_attentions
 from .attention_kernels import get_kernel
-from .dilation_plan import SINKS, plan_blocks
+from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule
-from .memory_pieces import PAIRS, PieceAttention, Stretch, make_pieces
+from .memory_pieces import PAIRS, PieceAttention, Stretch
 from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
-from .memory_search import NO_BLOCK, MemoryBasis, Ranking, choose_blocks
+from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks
+from .memory_store import Store, StoredKeys
+
+
+FETCHED = 2**18  # tokens that one stretch of queries may have fetched for it
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,17 @@ class MemoryCall:
     def inv_freq(self) -> torch.Tensor | None:
         return self.ranking.inv_freq
 
-    def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
-        """The schedule's part; sinks are read apart where their distance is clamped."""
-        length = query.shape[2]
+    def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
+        """The schedule's part of N = `length` keys; sinks are read apart where their distance is clamped."""
         blocks = plan_blocks(
-            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + length, key.shape[2],
+            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + query_length, length,
             self.head_index_offset, self.total_num_heads,
         )  # fmt: skip
-        if self.clamps(length):
-            blocks = tuple(x for x in blocks if x.pattern != SINKS)
+        return tuple(x for x in blocks if x.pattern != SINKS) if self.clamps(query_length) else blocks
+
+    def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
+        """The attention to it."""
+        blocks = self.blocks(query.shape[2], key.shape[2])
         return PlannedAttention(get_kernel(self.backend, query), blocks, self.start, self.scale)
 
     def clamps(self, query_length: int) -> bool:
@@ -90,34 +96,49 @@ class MemoryCall:
         return torch.tensor(offsets, dtype=torch.long, device=device).view(-1, self.num_heads)
 
 
-def _stretches(call: MemoryCall, reads: torch.Tensor, query, key, value) -> Iterator[tuple]:
+def _stretches(
+    call: MemoryCall, reads: torch.Tensor, query, keys: "StoredKeys | tuple[torch.Tensor, torch.Tensor]"
+) -> Iterator[tuple]:
     """Per row, key/value head and stretch of queries that is read in one go: the row and head, where the queries lie in
     [B, H, Q], and their attention to what they read."""
     _, heads, length, count = reads.shape
     size = call.schedule.memory.block_size
     per_group = heads // call.num_kv_heads
     offsets = call.offsets(reads.device)
-    clamps = call.clamps(length)
-    by_rows = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and not clamps
-    tile = max(1, PAIRS // (per_group * count))
-    if clamps:
-        reads = call.mark_far(reads, key.shape[2] // size)
+    inv_freq = call.inv_freq if call.clamps(length) else None
+    is_stored, attention = isinstance(keys, StoredKeys), part_attention(query.device)
+    blocks = (keys.end if is_stored else keys[0].shape[2]) // size
+    tile = max(1, (FETCHED // size if is_stored else PAIRS) // (per_group * count))
+    reads = call.mark_far(reads, blocks)
     for row in range(len(reads)):
         for group in range(call.num_kv_heads):
             own = slice(group * per_group, (group + 1) * per_group)
-            blocks = [_in_blocks(x, row, group, size).contiguous() for x in (key, value)]
+            if not is_stored:
+                pair = [_in_blocks(x, row, group, size).contiguous() for x in keys]
             for begin in range(0, length, tile):
                 at = row, own, slice(begin, min(begin + tile, length))
-                read = reads[at].flatten(0, 1)
-                stretch = Stretch(
-                    call.schedule, call.start + begin, at[2].stop - begin, offsets[:, own], call.scale,
-                    call.inv_freq if clamps else None,
-                )  # fmt: skip
+                read, numbers = reads[at].flatten(0, 1), None
                 read = read[:, (read >= 0).any(0)]
                 if not read.shape[1]:
                     continue
-                what, attention = (read, RowAttention) if by_rows else (make_pieces(read), PieceAttention)
-                yield row, group, at, attention(stretch, what, query[at].flatten(0, 1), *blocks)
+                if is_stored:
+                    read, numbers = _slots(read, blocks)
+                    pair = keys.blocks(row, group, numbers)
+                start, queries = call.start + begin, at[2].stop - begin
+                stretch = Stretch(call.schedule, start, queries, offsets[:, own], call.scale, inv_freq, numbers)
+                yield row, group, at, attention(stretch, read, query[at].flatten(0, 1), *pair)
+
+
+def part_attention(device: torch.device) -> type:
+    """What attends to chosen blocks fastest there."""
+    return RowAttention if device.type == "cpu" else PieceAttention
+
+
+def _slots(reads: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same reads of those blocks alone that are read, m of them, and their numbers [m], which rise."""
+    numbers = (reads[reads >= 0] % blocks).unique()
+    slots = torch.searchsorted(numbers, reads % blocks) + len(numbers) * (reads >= blocks)
+    return torch.where(reads >= 0, slots, NO_BLOCK), numbers
 
 
 def _in_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tensor:
@@ -177,7 +198,7 @@ class _WithMemory:
         call.shown(query, key).forward(query, key, value, out, lse)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _attend_sinks(call, query, key, value, out, lse)
-        for _, _, at, part in _stretches(call, reads, query, key, value):
+        for _, _, at, part in _stretches(call, reads, query, (key, value)):
             _merge_part(part, out[at], lse[at])
         return ()
 
@@ -187,23 +208,42 @@ class _WithMemory:
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
-        for row, group, at, part in _stretches(call, reads, query, key, value):
+        for row, group, at, part in _stretches(call, reads, query, (key, value)):
             block_grads = (_in_blocks(x, row, group, size) for x in grads[1:])
             rows = [x[at].flatten(0, 1) for x in (grad, out, lse)]
             grads[0][at] += part.gradients(*rows, *block_grads).view_as(grads[0][at])
 
 
 @torch.no_grad()
-def choose(call: MemoryCall, query: torch.Tensor, key: torch.Tensor, index=None, far_index=None) -> torch.Tensor:
-    """The blocks [B, H, Q, top_k] that queries read of the keys [B, G, N, D], or of what an index of theirs tells."""
+def choose(call: MemoryCall, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The blocks [B, H, Q, top_k] that queries read of the keys [B, G, N, D]."""
     last = call.schedule.local_start(call.start + query.shape[2] - 1)
-    if index is None:
-        index = call.ranking.index(key[:, :, :last])
-    if not call.clamps(query.shape[2]):
-        far_index = None
-    elif far_index is None:
-        far_index = call.ranking.far_index(key[:, :, :last])
-    return choose_blocks(call.ranking, query, index, far_index, call.start)
+    far_index = call.ranking.far_index(key[:, :, :last]) if call.clamps(query.shape[2]) else None
+    return choose_blocks(call.ranking, query, call.ranking.index(key[:, :, :last]), far_index, call.start)
+
+
+@torch.no_grad()
+def choose_indexed(call: MemoryCall, query: torch.Tensor, index: Index, far_index: Index) -> torch.Tensor:
+    """The same of the blocks that an index tells of, and, for those at a clamped distance, a second one."""
+    return choose_blocks(call.ranking, query, index, far_index if call.clamps(query.shape[2]) else None, call.start)
+
+
+@torch.no_grad()
+def attend_stored(
+    call: MemoryCall, query: torch.Tensor, store: Store, row: slice, chosen: torch.Tensor
+) -> torch.Tensor:
+    """Attention [B, H, Q, D] of rows of a store, whose keys are fetched as they are asked for. No gradient."""
+    dtype, end = torch.promote_types(query.dtype, torch.float32), call.start + query.shape[2]
+    out, lse = torch.zeros_like(query, dtype=dtype), query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    blocks = call.blocks(query.shape[2], end)
+    keys = StoredKeys(store, row, blocks, call.start - call.schedule.window, end)
+    shown = PlannedAttention(get_kernel(call.backend, query), blocks, call.start, call.scale, keys.locate)
+    shown.forward(query, keys.key, keys.value, out, lse)
+    if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
+        _attend_sinks(call, query, *store.span(row, 0, min(call.schedule.num_sink_tokens, end)), out, lse)
+    for _, _, at, part in _stretches(call, call.reads(chosen), query, keys):
+        _merge_part(part, out[at], lse[at])
+    return out.to(query.dtype)
 
 
 def attend_memory(

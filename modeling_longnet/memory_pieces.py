@@ -8,7 +8,7 @@ products. Results return to their queries by a gather, never by a scatter:
     query 2 reads 7 9        block 7: queries 0 2    piece 2   block 7   queries 0 2      (`.` fills up)
                              block 9: query 2        piece 3   block 9   queries 2 .
 
-Letters: h query heads of one key/value head, T queries, K reads of a query, n blocks of b tokens, P pieces of R rows,
+Letters: h query heads of one key/value head, T queries, K reads of a query, m blocks of b tokens, P pieces of R rows,
 D head dimension. All sums are in float32 at least, whatever the dtype of the keys.
 """
 
@@ -26,8 +26,8 @@ PAIRS = 2**19  # read in one go: its queries and results are what takes memory
 @dataclass(frozen=True)
 class Pieces:
     """rows: of the queries [h T] that each piece's rows are, int64 [P, R], 0 where `real`, bool [P, R], is not. blocks:
-    [P], of 0..2 n - 1, from n on those that are read at a clamped distance. slots: which row of P * R each read of each
-    query became, [h T, K], P * R for none."""
+    [P], of 0..2 m - 1, slots of blocks, from m on those that are read at a clamped distance. slots: which row of P * R
+    each read of each query became, [h T, K], P * R for none."""
 
     rows: torch.Tensor
     real: torch.Tensor
@@ -59,7 +59,8 @@ def make_pieces(reads: torch.Tensor) -> Pieces:
 @dataclass(frozen=True)
 class Stretch:
     """Queries of one row and one key/value head: positions start .. start + T - 1 of h heads, whose offsets in the
-    patterns behind the window are `offsets`, [patterns, h]."""
+    patterns behind the window are `offsets`, [patterns, h]; numbers: of the blocks at hand, rising, [m], None where
+    all are at hand."""
 
     schedule: DilationSchedule
     start: int
@@ -67,6 +68,11 @@ class Stretch:
     offsets: torch.Tensor
     scale: float
     inv_freq: torch.Tensor | None
+    numbers: torch.Tensor | None = None
+
+    def block_starts(self, slots: torch.Tensor) -> torch.Tensor:
+        """Positions of the first tokens of the blocks in these slots."""
+        return (slots if self.numbers is None else self.numbers[slots]) * self.schedule.memory.block_size
 
     def positions(self, pieces: Pieces) -> torch.Tensor:
         return self.start + pieces.rows % self.length
@@ -75,7 +81,7 @@ class Stretch:
         """Which keys of the pieces, bool [P, R, b], are to be read: the schedule shows the others already."""
         size = self.schedule.memory.block_size
         t = self.positions(pieces)[..., None]
-        k = (blocks[:, None] * size + torch.arange(size, device=blocks.device))[:, None]
+        k = (self.block_starts(blocks)[:, None] + torch.arange(size, device=blocks.device))[:, None]
         shown = (k <= t - self.schedule.window) & pieces.real[..., None]
         if self.schedule.num_sink_tokens:
             shown &= k >= self.schedule.num_sink_tokens
@@ -90,10 +96,14 @@ class PieceAttention:
     """The pieces' queries, keys and values, gathered, and their logits: what forward and backward both begin with.
 
     Args:
-        query: [h T, D]. key, value: [n, b, D].
+        reads: [h T, K] slots of blocks, negative for none, m more for one at a clamped distance. query: [h T, D].
+        key, value: [m, b, D].
     """
 
-    def __init__(self, stretch: Stretch, pieces: Pieces, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+    def __init__(
+        self, stretch: Stretch, reads: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ):
+        pieces = make_pieces(reads)
         self.stretch, self.pieces, self.blocks = stretch, pieces, pieces.blocks % max(1, len(key))
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.far = (pieces.blocks >= len(key)).nonzero()[:, 0] if stretch.inv_freq is not None else None
@@ -101,7 +111,7 @@ class PieceAttention:
         self.value = self.value.to(self.dtype)
         if self.far is not None:
             far, distance = self.far, stretch.schedule.memory.max_distance - stretch.positions(pieces)[self.far]
-            self.distance, self.block_start = distance, self.blocks[far] * key.shape[1]
+            self.distance, self.block_start = distance, stretch.block_starts(self.blocks[far])
             self.query[far] = rotate(self.query[far], distance, stretch.inv_freq)
             self.key[far] = rotate(self.key[far], -self.block_start[:, None].expand(-1, key.shape[1]), stretch.inv_freq)
         self.logits = (self.query @ self.key.mT).mul_(stretch.scale)
@@ -130,7 +140,7 @@ class PieceAttention:
         return self.collect(self.weights(lse) @ self.value)
 
     def gradients(self, grad, out, lse, key_grad: torch.Tensor, value_grad: torch.Tensor) -> torch.Tensor:
-        """Adds to the gradients of all blocks [n, b, D], and returns the share in that of the queries [h T, D]."""
+        """Adds to the gradients of all blocks [m, b, D], and returns the share in that of the queries [h T, D]."""
         weights, grad_rows = self.weights(lse), self.gather(grad)
         delta = self.gather((grad.to(self.dtype) * out.to(self.dtype)).sum(-1))[..., None]
         scores = weights * (grad_rows @ self.value.mT - delta) * self.stretch.scale

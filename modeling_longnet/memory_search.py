@@ -17,6 +17,8 @@ from .memory_positions import rotate
 from .memory_spec import MemorySpec
 
 
+# What ranks blocks, [B, G, n, 2 d], or [1, G, n, 2 d] for all rows; or several of it, of blocks that follow each other.
+Index = torch.Tensor | tuple[torch.Tensor, ...]
 TILE_SIZE = 2**22  # ranks that are held at once
 NO_BLOCK = -1
 
@@ -105,15 +107,38 @@ class Ranking:
         distance = self.schedule.memory.max_distance - position
         return rotate(query.to(_rank_dtype(query.dtype)), distance.expand(query.shape[:-1]), self.inv_freq)
 
-    def ranks(self, query: torch.Tensor, index: torch.Tensor, far: bool = False) -> torch.Tensor:
-        """Of the blocks in an index [B, G, n, 2 d], for queries [B, H, T, D] (turned, if far): [B, G, H / G, T, n]."""
-        query = query.to(_rank_dtype(query.dtype)).unflatten(1, (index.shape[1], -1))
+    def ranks(self, query: torch.Tensor, index: Index, begin: int, end: int, far: bool = False) -> torch.Tensor:
+        """Of blocks begin, ..., end - 1 of an index, n of them, for queries [B, H, T, D] (turned, if far):
+        [B, G, H / G, T, n]."""
+        parts = _some_blocks(index, begin, end)
+        query = query.to(_rank_dtype(query.dtype)).unflatten(1, (parts[0].shape[1], -1))
         rows = query.flatten(2, 3)
         if self.schedule.memory.dimensions is not None:
             to_few = self.basis.far_to_query if far else self.basis.to_query
             rows = rows @ to_few.to(rows.device, rows.dtype)
         rows = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=-1)
-        return (rows @ index.mT).unflatten(2, query.shape[2:4])
+        ranks = [_times(rows, part) for part in parts]
+        return (ranks[0] if len(ranks) == 1 else torch.cat(ranks, dim=-1)).unflatten(2, query.shape[2:4])
+
+
+def _some_blocks(index: Index, begin: int, end: int) -> list[torch.Tensor]:
+    parts = []
+    for part in (index,) if isinstance(index, torch.Tensor) else index:
+        own = part[:, :, max(begin, 0) : max(end, 0)]
+        if own.shape[2] or begin == end:
+            parts.append(own)
+        begin, end = begin - part.shape[2], end - part.shape[2]
+        if end <= 0:
+            break
+    return parts
+
+
+def _times(rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """rows [B, G, R, 2 d] times a part of an index: [B, G, R, n]."""
+    if len(part) == len(rows):
+        return rows @ part.mT
+    together = rows.transpose(0, 1).flatten(1, 2) @ part[0].mT  # as one product: no copy of the index for each row
+    return together.unflatten(1, (len(rows), -1)).transpose(0, 1)
 
 
 def _stable_best(ranks: torch.Tensor, count: int) -> torch.Tensor:
@@ -159,18 +184,19 @@ def best_blocks(ranks: torch.Tensor, count: int) -> torch.Tensor:
 def choose_blocks(
     ranking: Ranking,
     query: torch.Tensor,
-    index: torch.Tensor,
-    far_index: torch.Tensor | None,
+    index: Index,
+    far_index: Index | None,
     query_start: int,
 ) -> torch.Tensor:
     """The blocks that queries at positions query_start, query_start + 1, ... read, int64 [B, H, Q, top_k], -1 for none.
 
     Args:
-        query: [B, H, Q, D]. index: of all blocks that may be eligible, [B, G, n, 2 d]. far_index: the same for those at
-            a clamped distance, or None where no query has any.
+        query: [B, H, Q, D]. index: of all blocks that may be eligible. far_index: the same for those at a clamped
+            distance, or None where no query has any.
     """
     schedule, memory = ranking.schedule, ranking.schedule.memory
-    (batch, heads, length, _), size, blocks = query.shape, memory.block_size, index.shape[2]
+    (batch, heads, length, _), size = query.shape, memory.block_size
+    blocks = index.shape[2] if isinstance(index, torch.Tensor) else sum(part.shape[2] for part in index)
     first = schedule.num_sink_tokens // size  # blocks before it are sink tokens and nothing else
     chosen = torch.full((batch, heads, length, memory.top_k), NO_BLOCK, dtype=torch.long, device=query.device)
     tile = max(1, TILE_SIZE // max(1, batch * heads * blocks))
@@ -180,9 +206,7 @@ def choose_blocks(
         if stop <= first:
             continue
         position = torch.arange(query_start + begin, query_start + end, device=query.device)
-        ranks = ranking.ranks(query[:, :, begin:end], index[:, :, :stop])
-        if far_index is not None:
-            rank_far(ranking, ranks, query[:, :, begin:end], far_index, position, query_start + end - 1)
+        ranks = rank_blocks(ranking, query[:, :, begin:end], index, far_index, position, stop)
         ranks[..., :first] = -torch.inf
         if low < stop:
             ends = (torch.arange(low, stop, device=query.device) + 1) * size
@@ -191,15 +215,27 @@ def choose_blocks(
     return chosen
 
 
-def rank_far(ranking, ranks, query, far_index, position: torch.Tensor, last: int) -> None:
-    """Overwrites, in ranks [B, G, H / G, T, n] of queries [B, H, T, D], those of blocks beyond `max_distance`.
+def rank_blocks(
+    ranking: Ranking, query: torch.Tensor, index: Index, far_index: Index | None, position: torch.Tensor, count: int
+) -> torch.Tensor:
+    """The ranks [B, G, H / G, T, n] of the first n = `count` blocks for queries [B, H, T, D]; arguments as of
+    `choose_blocks`.
 
-    position: of the queries, [T] or [B, 1, 1, T]; last: the largest of them.
+    position: of the queries, [T] or [B, 1, 1, T]. Of blocks on one side of `max_distance` for all queries only that
+    side's ranks are computed.
     """
     memory = ranking.schedule.memory
-    reach = min(ranks.shape[-1], max(0, -(-(last - memory.max_distance) // memory.block_size)))
-    if reach:
-        far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
-        far = ranking.ranks(far_query, far_index[:, :, :reach], far=True)
-        start = torch.arange(reach, device=ranks.device) * memory.block_size
-        ranks[..., :reach] = torch.where(position[..., None] - start > memory.max_distance, far, ranks[..., :reach])
+    if far_index is None:
+        return ranking.ranks(query, index, 0, count)
+    reaches = ((int(x) - memory.max_distance - 1) // memory.block_size + 1 for x in position.aminmax())
+    low, reach = (min(count, max(0, x)) for x in reaches)  # blocks that are far for all queries, and for any
+    near = ranking.ranks(query, index, low, count)
+    if not reach:
+        return near
+    far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
+    far = ranking.ranks(far_query, far_index, 0, reach, far=True)
+    if low < reach:
+        start = torch.arange(low, reach, device=near.device) * memory.block_size
+        is_far = position[..., None] - start > memory.max_distance
+        near[..., : reach - low] = torch.where(is_far, far[..., low:], near[..., : reach - low])
+    return torch.cat([far[..., :low], near], dim=-1)

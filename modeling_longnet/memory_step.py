@@ -4,26 +4,19 @@ Letters: B batch, H query heads, G key/value heads, h = H / G, N room for tokens
 D head dimension, d dimensions ranked in.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .memory_positions import rotate
-from .memory_search import Ranking, best_blocks, rank_far
+from .memory_search import Index, Ranking, best_blocks, rank_blocks
 
 
-def _gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Rows `tokens` [B, G, ...] of x [B, G, N, D]: [B, G, ..., D]."""
-    batch, groups, room, _ = x.shape
-    first = torch.arange(batch * groups, device=x.device).view(batch, groups, *[1] * (tokens.dim() - 2)) * room
-    return x.flatten(0, 2).index_select(0, (tokens + first).flatten()).unflatten(0, tokens.shape)
-
-
-def _choose(ranking: Ranking, query, index, far_index, position, start, last: int) -> torch.Tensor:
+def _choose(ranking: Ranking, query, index, far_index, position, start) -> torch.Tensor:
     """Blocks [B, G, h, K] of queries [B, H, 1, D] at `position` [B], whose windows begin at `start` [B]."""
     schedule, size = ranking.schedule, ranking.schedule.memory.block_size
-    blocks = min(index.shape[2], int(start.max()) // size)
-    ranks = ranking.ranks(query, index[:, :, :blocks])
-    if far_index is not None:
-        rank_far(ranking, ranks, query, far_index, position[:, None, None, None], last)
+    blocks = int(start.max()) // size
+    ranks = rank_blocks(ranking, query, index, far_index, position[:, None, None, None], blocks)
     ends = (torch.arange(blocks, device=query.device) + 1) * size
     eligible = (ends <= start[:, None]) & (ends > schedule.num_sink_tokens)
     ranks.masked_fill_(~eligible[:, None, None, None], -torch.inf)
@@ -43,21 +36,22 @@ def _shared_tokens(schedule, position, start) -> tuple[torch.Tensor, torch.Tenso
 def attend_step(
     ranking: Ranking,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    index: torch.Tensor | None,
-    far_index: torch.Tensor | None,
+    gather: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    groups: int,
+    index: Index,
+    far_index: Index,
     position: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
     """Attention of one token a row, [B, H, 1, D], for schedules of a window alone.
 
     Args:
-        query: [B, H, 1, D]. key, value: [B, G, N, D], in the order of positions, the queries' own included.
-        index, far_index: of the whole blocks among the keys, [B, G, n, 2 d]; None where there is none.
+        query: [B, H, 1, D]. gather: gives keys and values [B, G, ..., D] of the tokens at positions [B, G, ...], those
+            of the queries included, for each of the G = `groups` key/value heads.
+        index, far_index: of the whole blocks among the tokens, the second at a clamped distance.
         position: of the queries, [B].
     """
-    schedule, memory, groups = ranking.schedule, ranking.schedule.memory, key.shape[1]
+    schedule, memory = ranking.schedule, ranking.schedule.memory
     start, last, sinks = schedule.local_start(position), int(position.max()), schedule.num_sink_tokens
     dtype = torch.promote_types(query.dtype, torch.float32)
     clamps = memory.max_distance is not None and last > memory.max_distance
@@ -66,18 +60,18 @@ def attend_step(
     if clamps:
         far_rows = ranking.far_query(query, position[:, None, None]).unflatten(1, (groups, -1))[..., 0, :]
     tokens, seen = _shared_tokens(schedule, position, start)
-    keys, values = (_gather(x, tokens[:, None].expand(-1, groups, -1)).to(dtype) for x in (key, value))
+    keys, values = (x.to(dtype) for x in gather(tokens[:, None].expand(-1, groups, -1)))
     scores = rows @ keys.mT * scale
     if clamps:
         far = (position > memory.max_distance)[:, None, None, None]
         scores[..., :sinks] = torch.where(far, far_rows @ keys[:, :, :sinks].mT * scale, scores[..., :sinks])
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    if index is None or int(start.max()) < memory.block_size:
+    if int(start.max()) < memory.block_size:
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2).to(query.dtype)
-    chosen = _choose(ranking, query, index, far_index if clamps else None, position, start, last)
+    chosen = _choose(ranking, query, index, far_index if clamps else None, position, start)
     begin = chosen.clamp(min=0) * memory.block_size
-    tokens = begin[..., None] + torch.arange(memory.block_size, device=key.device)  # [B, G, h, K, b]
-    own_keys, own_values = (_gather(x, tokens).to(dtype) for x in (key, value))
+    tokens = begin[..., None] + torch.arange(memory.block_size, device=keys.device)  # [B, G, h, K, b]
+    own_keys, own_values = (x.to(dtype) for x in gather(tokens))
     own = (own_keys @ rows[:, :, :, None, :, None])[..., 0] * scale
     if clamps:
         turned = rotate(own_keys, -begin[..., None].expand(tokens.shape), ranking.inv_freq)

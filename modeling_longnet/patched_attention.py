@@ -148,12 +148,6 @@ def _patched_settings(module: torch.nn.Module) -> dict:
     return settings
 
 
-def _refuse_unsupported(module, query, key, value, arguments: dict) -> None:
-    reason = unsupported_reason(module, query, key, value, arguments)
-    if reason:
-        raise ValueError(f"layer {module.layer_idx} is patched with dilated attention, but {reason}.")
-
-
 def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
     native, memory = getattr(config, "max_position_embeddings", None), settings.get("memory") or {}
     clamps = memory.get("max_distance") is not None and memory["layers"] is None
@@ -190,8 +184,6 @@ def run_bounded(
 ) -> torch.Tensor:
     """Dilated attention with a bounded cache: query [B, H, Q, D], key and value [B, G, Q, D] -> out [B, H, Q, D]."""
     layer = bounded.layers[key.cache_layer]
-    layer.awaited = False
-    _refuse_unsupported(module, query, key, value, kwargs)
     if layer.layer_idx != module.layer_idx:
         raise ValueError(
             f"layer {module.layer_idx} reads the keys of layer {layer.layer_idx}, which a bounded cache cannot share: "
@@ -253,7 +245,6 @@ def _refuse_packing(position_ids: torch.Tensor | None, ids: torch.Tensor | None)
 
 def run_dilated(module, query, key, value, mask, settings: dict, dropout, scaling, **kwargs) -> torch.Tensor:
     """Dilated attention over plain keys: query [B, H, Q, D], key and value [B, G, N, D] -> out [B, H, Q, D]."""
-    _refuse_unsupported(module, query, key, value, kwargs)
     query_length, length = query.shape[2], key.shape[2]
     if mask is None:
         mask = dilated_mask(len(query), query_length, length, length - query_length, device=query.device)
@@ -306,11 +297,16 @@ def make_attention_function(original: str) -> Callable:
         settings = _patched_settings(module)
         if module.layer_idx not in settings["layers"]:
             return run_original(original, module, query, key, value, attention_mask, **arguments)
+        bounded = getattr(key, "dilated_cache", None)
+        if bounded is not None:
+            bounded.layers[key.cache_layer].awaited = False
+        reason = unsupported_reason(module, query, key, value, kwargs)
+        if reason is not None:
+            raise ValueError(f"layer {module.layer_idx} is patched with dilated attention, but {reason}.")
         if kwargs.get("output_attentions"):
             logger.warning_once(
                 "`output_attentions=True` gives none of a patched layer, which never forms the N x N weights."
             )
-        bounded = getattr(key, "dilated_cache", None)
         if bounded is None:
             out = run_dilated(module, query, key, value, attention_mask, settings, **arguments)
         else:

@@ -9,8 +9,9 @@ hooks and gradient checkpointing carry to every layer as they would carry a mask
     EARLIER   tokens before the first key, known to a        0  0  0  0  0  0     (not padding; -1: some, untold)
               bounded cache alone
 
-A patched model reads documents as its host does without a patch, which is not quite how LongNet reads them
-(document_ids.py): where a 2-D mask is given, `position_ids` that restart do not begin a document.
+Segments count the tokens of a document from 0: padding on the left moves nothing, and padding between tokens is moved
+before them. A patched model tells documents as its host does without a patch, which is not quite how LongNet tells them
+(document_ids.py): where a 2-D mask is given, `position_ids` that restart do not begin one.
 
 Letters: B batch, Q query tokens, N key tokens, D head dimension.
 """
@@ -21,7 +22,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .document_ids import check_position_ids, document_positions, order_of_padding_behind, side_by_side_order
+from .document_ids import (
+    check_position_ids,
+    document_begins,
+    document_positions,
+    first_key,
+    order_of_padding_behind,
+    side_by_side_order,
+)
 from .transformers_compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_of, causal_mask_function
 
 
@@ -167,17 +175,16 @@ class Layout:
 
 def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
-    batch, length = ids.shape
     begins = torch.zeros_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     if position_ids is None:
         return begins
-    position_ids = position_ids.expand(batch, -1)
-    index = (offset + torch.arange(position_ids.shape[1], device=ids.device)).expand(batch, -1)
-    jumps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+    position_ids = position_ids.expand(len(ids), -1)
+    real = torch.ones_like(position_ids, dtype=torch.bool)
+    queries = offset + torch.arange(position_ids.shape[1], device=ids.device)
+    begins = begins.index_copy(1, queries, begins[:, queries] | document_begins(position_ids, real))
     # The first query may go on with a document that began in an earlier chunk: its position says where.
-    first = (offset - position_ids[:, :1]).clamp(min=torch.zeros_like(offset), max=offset)
-    return begins.scatter(1, index, begins.gather(1, index) | jumps).scatter(1, first, True)
+    return begins.scatter(1, first_key(position_ids, real, queries), True)
 
 
 def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:

@@ -66,7 +66,7 @@ INSTANCE_ATTRIBUTES = (
 )  # fmt: skip
 DEQUANTIZE_ADVICE = (
     "Transformers cannot write this quantized model. Save a plain copy of it first (for GGUF: "
-    "`python conversion/dequantize_gguf.py`), load that and patch it; an adapter (PEFT) can be saved from the "
+    "`python -m conversion.dequantize_gguf`), load that and patch it; an adapter (PEFT) can be saved from the "
     "quantized model as it is."
 )
 

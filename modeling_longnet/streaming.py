@@ -10,6 +10,7 @@ the very same numbers. Letters: N tokens of the text, Q of a chunk, V of the voc
 import contextlib
 import math
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,17 +44,23 @@ class StreamResult:
 
 @contextlib.contextmanager
 def interrupts_noted() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of being cut off in the middle of a chunk."""
+    """Within it Ctrl-C and SIGTERM only append to the list that it gives; a second one interrupts at once."""
     noted = []
     if threading.current_thread() is not threading.main_thread():
         yield noted
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda received, _: noted.append(received)) for number in signals]
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
-        for number, handler in zip(signals, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

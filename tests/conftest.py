@@ -13,6 +13,8 @@ import torch
 from torch.utils._device import _device_constructors
 
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be said before anything imports Triton
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

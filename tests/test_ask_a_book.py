@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ask_a_book import ask, plant, read
-from modeling_longnet import patch_model
+from examples.ask_a_book import ask, plant
+from modeling_longnet import MemoryBank, patch_model
 
 
 def test_facts_are_spread_over_the_text():
@@ -16,7 +16,7 @@ def test_facts_are_spread_over_the_text():
 
 
 @pytest.mark.parametrize("chunk_size", [16, 50])
-def test_an_answer_is_that_of_the_whole_text_and_leaves_no_trace(chunk_size):
+def test_an_answer_is_that_of_the_whole_text_and_leaves_no_trace(chunk_size, tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -24,9 +24,8 @@ def test_an_answer_is_that_of_the_whole_text_and_leaves_no_trace(chunk_size):
     )  # fmt: skip
     model = patch_model(LlamaForCausalLM(config).eval(), [8], [1], memory={"block_size": 4, "top_k": 4})
     text, questions = torch.randint(1, 61, (90,)).tolist(), torch.randint(1, 61, (3, 7)).tolist()
-    cache = read(model, text, chunk_size)
+    bank = MemoryBank.from_tokens(model, [text], tmp_path, chunk_size=chunk_size, progress=False)
     for question in [*questions, questions[0]]:
         whole = torch.tensor([text + question])
         expected = model.generate(whole, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(whole))
-        assert ask(model, cache, question, 6) == expected[0, whole.shape[1] :].tolist()
-    assert cache.get_seq_length() == 90
+        assert ask(model, bank.start_cache(model), question, 6) == expected[0, whole.shape[1] :].tolist()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from examples.benchmarks import benchmark_attention as benchmark
+from examples.runs import geometric_patterns
 
 
 def test_gathered_rows_are_those_that_the_definition_selects():
@@ -18,7 +19,7 @@ def test_gathered_rows_are_those_that_the_definition_selects():
 
 
 def test_geometric_schedule_covers_the_length_at_the_same_cost_everywhere():
-    patterns = benchmark.geometric(1_000_000)
+    patterns = geometric_patterns(1_000_000, 2048)
     assert patterns[-1][0] >= 1_000_000 > patterns[-2][0]
     assert {w // r for w, r in patterns} == {2048}
 
@@ -27,7 +28,7 @@ def test_geometric_schedule_covers_the_length_at_the_same_cost_everywhere():
 def test_each_mode_leaves_a_record_and_a_figure(mode, tmp_path, monkeypatch):
     monkeypatch.setitem(benchmark.KERNEL_RATIO, "patterns", [(64, 1), (128, 2)])
     lengths = {"kernel-ratio": ["128"], "length": ["64", "128"], "dense": ["64", "128"]}[mode]
-    arguments = ["--mode", mode, "--device", "cpu", "--repeats", "2", "--output_dir", str(tmp_path), "--lengths"]
+    arguments = ["--mode", mode, "--device", "cpu", "--repeats", "2", "--output-dir", str(tmp_path), "--lengths"]
     result = benchmark.main(arguments + lengths)
     name = f"attention_{mode.replace('-', '_')}_cpu"
     assert json.loads((tmp_path / f"{name}.json").read_text())["mode"] == mode
@@ -41,11 +42,11 @@ def test_each_mode_leaves_a_record_and_a_figure(mode, tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", [["--heads", "4"], ["--dtype", "float32"], ["--lengths", "1000"]])
 def test_what_the_kernel_ratio_cannot_vary_is_refused(given, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        benchmark.main(["--mode", "kernel-ratio", "--output_dir", str(tmp_path), *given])
+        benchmark.main(["--mode", "kernel-ratio", "--output-dir", str(tmp_path), *given])
     assert given[0] in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_peak_memory_counts_at_least_the_output_and_the_gradients():
-    result = benchmark.peak_memory(length=8192, heads=4, width=32, patterns=[(64, 1), (128, 2)])
+    result = benchmark.operator_memory(length=8192, heads=4, width=32, patterns=[(64, 1), (128, 2)])
     assert result["bytes_of_qkv"] == 3 * 8192 * 4 * 32 * 4
     assert 1.3 < result["multiple_of_qkv"] < 20  # output, its gradient and three more are 5/3

@@ -30,7 +30,7 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 def convert(output: Path, *options: str) -> Path:
-    return convert_gigapath_to_hf.main(["--checkpoint", str(CHECKPOINT), "--output", str(output), *options])
+    return convert_gigapath_to_hf.main(["--checkpoint", str(CHECKPOINT), "--output-dir", str(output), *options])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -127,7 +127,7 @@ assert error < {TOLERANCE}, error
 
 
 def convert_finetuned(output: Path, *options: str) -> Path:
-    return convert_gigapath_to_hf.main(["--checkpoint", str(FINETUNED), "--output", str(output), *options])
+    return convert_gigapath_to_hf.main(["--checkpoint", str(FINETUNED), "--output-dir", str(output), *options])
 
 
 def test_a_fine_tuned_model_gives_the_logits_of_the_original(tmp_path):
@@ -187,18 +187,16 @@ def test_a_classifier_of_the_pooled_output_is_refused_on_the_way_back(tmp_path):
 
 
 def test_each_converter_is_a_script_with_help():
-    root = Path(__file__).parent.parent
-    code = f"""
+    code = """
 import runpy, sys
-sys.path[0] = {str(root / "conversion")!r}
-sys.modules["conversion"] = None  # as where only the package is installed
 for name in ("convert_torchscale_to_hf", "convert_hf_to_torchscale", "convert_gigapath_to_hf", "convert_longvit_to_hf"):
     sys.argv = [name, "--help"]
     try:
-        runpy.run_path({str(root / "conversion")!r} + f"/{{name}}.py", run_name="__main__")
+        runpy.run_module(f"conversion.{name}", run_name="__main__")
     except SystemExit as end:
         assert end.code == 0
 """
+    root = Path(__file__).parent.parent  # the folder that they are called in
     environment = {"PYTHONPATH": str(root), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("--dry-run") >= 4, done.stderr

@@ -245,7 +245,7 @@ def test_bad_settings_of_a_slide_encoder_are_named(setting, tmp_path, capsys):
     for value in ("0", "-3", "7" if setting == "num_attention_heads" else "0"):
         with pytest.raises(SystemExit):
             convert_gigapath_to_hf.main(
-                ["--checkpoint", str(FIXTURES / GIGAPATH), "--output", str(tmp_path / "o"),
+                ["--checkpoint", str(FIXTURES / GIGAPATH), "--output-dir", str(tmp_path / "o"),
                  f"--{setting.replace('_', '-')}", value]
             )  # fmt: skip
         assert f"`{setting}`" in capsys.readouterr().err

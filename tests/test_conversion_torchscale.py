@@ -22,7 +22,7 @@ TOLERANCE = 2e-5  # float32
 
 def convert(name: str, output: Path, *options: str) -> Path:
     files = ["--checkpoint", str(FIXTURES / f"{name}.pt"), "--config", str(FIXTURES / f"{name}.args.json")]
-    return convert_torchscale_to_hf.main([*files, "--output", str(output), *options])
+    return convert_torchscale_to_hf.main([*files, "--output-dir", str(output), *options])
 
 
 def original_weights(name: str) -> dict[str, torch.Tensor]:
@@ -60,7 +60,7 @@ def test_encoder_gives_the_hidden_states_of_the_original(attention, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_bit_equal(name, tmp_path):
     model = convert(name, tmp_path / "model")
-    back = convert_hf_to_torchscale.main(["--checkpoint", str(model), "--output", str(tmp_path / "back")])
+    back = convert_hf_to_torchscale.main(["--checkpoint", str(model), "--output-dir", str(tmp_path / "back")])
     assert_same_tensors(torch.load(back / "checkpoint.pt", weights_only=True)["model"], original_weights(name))
     given, returned = (json.loads(path.read_text()) for path in (FIXTURES / f"{name}.args.json", back / "args.json"))
     given.pop("no_output_layer", None)  # the encoder without a vocabulary has none in either spelling

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import smollm2
 from conversion.dequantize_gguf import dequantize_gguf, main
+from examples import smollm2
 
 
 gguf = pytest.importorskip("gguf", reason="the gguf package writes the test's input")

@@ -59,6 +59,8 @@ CODE = {
     "memory_pieces.py",
     "memory_rows.py",
     "memory_step.py",
+    "memory_store.py",
+    "memory_pages.py",
     "memory_attention.py",
     "dilated_memory_layer.py",
 }

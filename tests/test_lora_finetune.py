@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import lora_finetune
-from lora_finetune import DENSE, TUNED, ZERO_SHOT
+from examples import lora_finetune
+from examples.lora_finetune import DENSE, TUNED, ZERO_SHOT
 from modeling_longnet.patching import load_patched_model
 
 

@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
+from modeling_longnet import memory_attention
 from modeling_longnet.dilated_attention import dilated_attention
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
+from modeling_longnet.memory_pieces import PieceAttention
 from modeling_longnet.memory_reference import memory_attention_reference
 from modeling_longnet.memory_search import Ranking, best_blocks
 from modeling_longnet.memory_spec import MemorySpec
@@ -53,8 +55,11 @@ def as_sets(chosen: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_the_fast_path_is_the_definition_with_its_gradients(name, backend):
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "pieces"])
+def test_the_fast_path_is_the_definition_with_its_gradients(name, backend, monkeypatch):
+    if backend == "pieces":  # what GPUs run
+        monkeypatch.setattr(memory_attention, "part_attention", lambda device: PieceAttention)
+        backend = "sdpa"
     for length, queries, (heads, groups) in itertools.product((1, 7, 67), (None, 5), ((4, 2), (3, 1), (2, 2))):
         query, key, value = make_tensors(length, heads, groups, queries=min(length, queries or length))
         call = make_call(make_schedule(name), query, key, backend)

@@ -12,22 +12,22 @@ import pytest
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
-import scaling_cost_model
-import sequence_parallel_bytes
-import train_sequence_parallel
+from examples import train_sequence_parallel
+from examples.benchmarks import scaling_cost_model, sequence_parallel_bytes
+from examples.runs import geometric_patterns
 from modeling_longnet.patching import is_patched
 from modeling_longnet.sequence_exchange import Heads
 
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = [str(ROOT / "examples/train_sequence_parallel.py"), "--block_size", "256", "--max_steps", "16",
-           "--warmup_steps", "2", "--save_steps", "4"]  # fmt: skip
+EXAMPLE = ["-m", "examples.train_sequence_parallel", "--block-size", "256", "--max-steps", "16", "--warmup-steps", "2",
+           "--save-steps", "4"]  # fmt: skip
 
 
 def start(processes: int, output: Path, *options: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), *EXAMPLE, "--output_dir", str(output), *options]
+    command = [sys.executable, *(launcher if processes > 1 else []), *EXAMPLE, "--output-dir", str(output), *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -103,7 +103,7 @@ def test_received_bytes_do_not_grow_with_the_text_but_with_the_number_of_pattern
 @pytest.mark.parametrize("gpus", [4, 8, 16])
 def test_the_cost_model_bounds_the_bytes_of_the_plans(gpus):
     model = scaling_cost_model.Model(1e6, 2, 64, heads=4, kv_heads=4, head_dim=16)
-    patterns = scaling_cost_model.geometric(16384, 256, 4)
+    patterns = geometric_patterns(16384, 256, 4, clip=True)
     bound = scaling_cost_model.bytes_received(patterns, gpus, 16384, model)
     planned = max(
         sequence_parallel_bytes.measure(16384, gpus, 256, Heads(4, 4), 16, 2)["bytes received by each rank"]

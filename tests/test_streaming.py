@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny_config
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-import benchmark_decoding
-import stream_a_billion
+from examples import stream_a_billion
+from examples.benchmarks import benchmark_decoding
 from modeling_longnet import LongNetForCausalLM
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
@@ -172,10 +172,10 @@ def test_bad_arguments():
 
 def test_the_example_streams_and_resumes_to_the_same_bits(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    arguments = ["--chunk_size", "512", "--tokens", "2e4", "--output_dir"]
+    arguments = ["--chunk-size", "512", "--tokens", "2e4", "--output-dir"]
     results = [stream_a_billion.main([*arguments, str(straight)])]
     killed = subprocess.run(
-        [sys.executable, stream_a_billion.__file__, *arguments, str(resumed), "--kill_after", "9000"],
+        [sys.executable, "-m", "examples.stream_a_billion", *arguments, str(resumed), "--kill-after", "9000"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -197,7 +197,7 @@ def test_the_example_reads_bytes_as_the_model_learned_them(tmp_path):
     model.save_pretrained(tmp_path / "model")
     text = "What ByT5's tokenizer makes of it, \N{GREEK SMALL LETTER PI} included. " * 20
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "500", "--output_dir", str(tmp_path / "run")]
+    arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "500", "--output-dir", str(tmp_path / "run")]
     result = stream_a_billion.main([*arguments, "--model", str(tmp_path / "model")])
     ids = torch.tensor([ByT5Tokenizer(extra_ids=0)(text).input_ids[:500]])
     assert result["loss"] == pytest.approx(model.eval()(ids, labels=ids).loss.item(), abs=1e-5)
@@ -208,7 +208,7 @@ def test_the_example_reads_bytes_as_the_model_learned_them(tmp_path):
 
 
 def test_the_decoding_benchmark_measures_all_sides():
-    arguments = "--rounds 1 --reading_rounds 1 --tokens_per_turn 1 --context 300 --chunk_size 100"
+    arguments = "--rounds 1 --reading-rounds 1 --tokens-per-turn 1 --context 300 --chunk-size 100"
     result = benchmark_decoding.main(arguments.split())
     assert len(result["decoding_seconds_per_token"]) == 5
     assert all(ratio > 0 for ratios in result["ratios"].values() for ratio in ratios.values())

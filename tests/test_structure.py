@@ -17,7 +17,7 @@ MUTATORS = {
 # What modules may keep, and why nobody sees it from outside.
 ALLOWED = {
     "dilation_plan: plan_blocks keeps results": "a pure function of numbers and a schedule",
-    "dilated_cache_attention: read_layout_name keeps results": "a pure function of a text",
+    "dilated_cache_layer: read_layout_name keeps results": "a pure function of a text",
     "dilated_cache_layout: _tables keeps results": "a pure function of numbers, a schedule and a device",
     "dilation_schedule: from_text keeps results": "a pure function of a text",
     "patched_attention: eager_attention_of keeps results": "a module that is loaded stays what it is",

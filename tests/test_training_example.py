@@ -13,10 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-import packing
-import perplexity
-import texts
-import train_causal_lm
+from examples import packing, perplexity, runs, texts, train_causal_lm
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
 
@@ -118,7 +115,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(run, monkeypatch, step
         stop_after(patch, steps)
         stopped, folder = run("parts")
     assert stopped is None
-    assert [path.name for path in train_causal_lm.checkpoints(folder)] == [f"checkpoint-{steps + 1}"]
+    assert [path.name for path in runs.checkpoints(folder)] == [f"checkpoint-{steps + 1}"]
     assert not (folder / "model.safetensors").exists()
     resumed, _ = run("parts", resume=True)
     assert [row["loss"] for row in resumed["history"]] == [row["loss"] for row in whole["history"]]
@@ -168,7 +165,7 @@ def test_a_second_interrupt_stops_at_once():
 def test_old_checkpoints_are_removed_and_unfinished_ones_ignored(run):
     _, folder = run("kept", max_steps=5, save_steps=1, save_total_limit=2)
     (folder / "unfinished-checkpoint-9").mkdir()
-    assert [path.name for path in train_causal_lm.checkpoints(folder)] == ["checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in runs.checkpoints(folder)] == ["checkpoint-4", "checkpoint-5"]
     result, _ = run("kept", max_steps=6, resume=True)
     assert [row["step"] for row in result["history"]] == [1, 2, 3, 4, 5, 6]
 

@@ -4,26 +4,24 @@
     python -m examples.benchmarks.benchmark_attention --mode length         # time per token, 16K to 1M tokens
     python -m examples.benchmarks.benchmark_attention --mode dense          # against dense attention; on a GPU to 1M
 
-Each mode prints its result and writes NAME.json and NAME.png to --output_dir. What is compared is measured in turns in
+Each mode prints its result and writes NAME.json and NAME.png to --output-dir. What is compared is measured in turns in
 one run, so that other load on the machine meets both sides. Letters: B batch, H heads, N tokens, D head dimension,
 w segment length, r dilation rate.
 """
 
 import argparse
 import json
-import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from examples.measuring import in_turns, median, median_ratio, peak_memory, reset_peak_memory
 from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.runs import geometric_patterns
 from modeling_longnet import dilated_attention
 
 
@@ -31,53 +29,14 @@ aten = torch.ops.aten
 Patterns = list[tuple[int, int]]
 
 KERNEL_RATIO = {"length": 16384, "heads": 8, "width": 64, "patterns": [(2048, 1), (4096, 2), (8192, 4), (16384, 8)]}
+FIRST = 2048  # tokens of the first segment where the schedule grows with the text
 LENGTHS = [16384, 65536, 262144, 1_000_000]
 DENSE_LENGTHS = {"cpu": [2048, 4096, 8192, 16384], "cuda": [2**14, 2**15, 2**16, 2**17, 2**18, 2**19, 2**20]}
-
-
-def geometric(length: int, base: int = 2048) -> Patterns:
-    """(base, 1), (2 base, 2), ... until a segment covers `length`: w / r stays the same, so a token costs the same."""
-    patterns = [(base, 1)]
-    while patterns[-1][0] < length:
-        w, r = patterns[-1]
-        patterns.append((2 * w, 2 * r))
-    return patterns
 
 
 def inputs(length: int, heads: int, width: int, dtype: torch.dtype, device: str, grad: bool) -> list[torch.Tensor]:
     """Query, key and value [1, H, N, D]."""
     return [torch.randn(1, heads, length, width, dtype=dtype, device=device, requires_grad=grad) for _ in range(3)]
-
-
-def measure(run: Callable[[], Any], device: str) -> dict[str, float]:
-    """Seconds of one call by the clock, and on a CPU those that all threads worked, which other load changes less."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began, worked = time.perf_counter(), time.process_time()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
-
-
-def in_turns(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[dict[str, float]]]:
-    """Measures each of `runs` `repeats` times, one after the other, after one call of each that does not count."""
-    for run in runs.values():
-        run()
-    times = {name: [] for name in runs}
-    for _ in tqdm(range(repeats), desc="measuring", unit="turn"):
-        for name, run in runs.items():
-            times[name].append(measure(run, device))
-    return times
-
-
-def median(times: list[dict[str, float]], key: str = "seconds") -> float:
-    return statistics.median(row[key] for row in times)
-
-
-def median_ratio(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> float:
-    """Median of the ratios turn by turn."""
-    return statistics.median(a[key] / b[key] for a, b in zip(over, under))
 
 
 def operator(qkv: list[torch.Tensor], patterns: Patterns, backward: bool) -> Callable[[], None]:
@@ -112,16 +71,7 @@ def bare_kernels(qkv: list[torch.Tensor], patterns: Patterns) -> Callable[[], No
     return run
 
 
-def memory_kib(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (its peak since `reset_peak`) of this process; Linux."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(length: int, heads: int, width: int, patterns: Patterns) -> dict[str, float]:
+def operator_memory(length: int, heads: int, width: int, patterns: Patterns) -> dict[str, float]:
     """Peak of forward + backward above what is resident with the inputs made, in bytes, and as a multiple of theirs.
 
     Counted is all that the process holds: output, its gradient, the three gradients and every buffer. To be called in a
@@ -131,10 +81,9 @@ def peak_memory(length: int, heads: int, width: int, patterns: Patterns) -> dict
     operator(small, [(64, 1)], True)()  # loads code, starts threads
     qkv = inputs(length, heads, width, torch.float32, "cpu", True)
     size = sum(x.numel() * x.element_size() for x in qkv)
-    before = memory_kib("VmRSS")
-    reset_peak()
+    before = reset_peak_memory()
     operator(qkv, patterns, True)()
-    peak = (memory_kib("VmHWM") - before) * 1024
+    peak = peak_memory() - before
     return {"peak_bytes_above_inputs": peak, "bytes_of_qkv": size, "multiple_of_qkv": peak / size}
 
 
@@ -165,13 +114,13 @@ def length_scaling(args: argparse.Namespace) -> dict[str, Any]:
     runs = {}
     for length in lengths:
         qkv = inputs(length, args.heads or 1, args.width or 32, getattr(torch, args.dtype), device, False)
-        runs[length] = operator(qkv, geometric(length), False)
+        runs[length] = operator(qkv, geometric_patterns(length, FIRST), False)
     times = in_turns(runs, args.repeats, device)
     rows = []
     for length in lengths:
         nanoseconds = {key: 1e9 * median(times[length], key) / length for key in ("seconds", "cpu_seconds")}
-        rows.append({"length": length, "patterns": geometric(length), "ns_per_token": nanoseconds["seconds"],
-                     "cpu_ns_per_token": nanoseconds["cpu_seconds"]})  # fmt: skip
+        row = {"length": length, "patterns": geometric_patterns(length, FIRST)}
+        rows.append(row | {"ns_per_token": nanoseconds["seconds"], "cpu_ns_per_token": nanoseconds["cpu_seconds"]})
         print(f"N={length:>8}: {median(times[length]):8.3f} s; ns per token {rows[-1]['ns_per_token']:8.0f} by the "
               f"clock, {rows[-1]['cpu_ns_per_token']:8.0f} of CPU time")  # fmt: skip
     per_token = {
@@ -198,7 +147,7 @@ def against_dense(args: argparse.Namespace) -> dict[str, Any]:
                 if backward:
                     torch.autograd.grad(out, qkv, torch.ones_like(out))
 
-            runs = {"dilated": operator(qkv, geometric(length), backward), "dense": dense}
+            runs = {"dilated": operator(qkv, geometric_patterns(length, FIRST), backward), "dense": dense}
             times = in_turns(runs, args.repeats, device)
             row = {"length": length, "pass": "forward + backward" if backward else "forward"}
             row |= {name: median(times[name]) for name in times}
@@ -267,11 +216,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--width", type=int, help="D")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice if left out")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.peak_memory_of:
-        print(json.dumps(peak_memory(**json.loads(args.peak_memory_of))))
+        print(json.dumps(operator_memory(**json.loads(args.peak_memory_of))))
         return {}
     if args.mode == "kernel-ratio":
         check_kernel_ratio(parser, args)

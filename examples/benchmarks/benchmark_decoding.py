@@ -10,14 +10,13 @@ is faster.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import Cache, DynamicCache, StaticCache
 
+from examples.measuring import in_turns, median
 from examples.reporting import provenance, write_json
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.dilated_cache import DilatedCache
@@ -56,36 +55,29 @@ def dense_at(model: LongNetForCausalLM, position: int, static: bool) -> Cache:
     return cache
 
 
-def decode(model: LongNetForCausalLM, cache: Cache, count: int) -> float:
-    """Seconds per token."""
+def decode(model: LongNetForCausalLM, cache: Cache, count: int) -> None:
     token = torch.zeros(1, 1, dtype=torch.long)
-    start = time.perf_counter()
     for _ in range(count):
         model(token, cache=cache)
-    return (time.perf_counter() - start) / count
 
 
-def read(model: LongNetForCausalLM, text: torch.Tensor, chunk_size: int | None) -> float:
-    """Seconds per token of reading a text whole, or in chunks through a bounded cache."""
-    start = time.perf_counter()
+def read(model: LongNetForCausalLM, text: torch.Tensor, chunk_size: int | None) -> None:
+    """Reads a text whole, or in chunks through a bounded cache."""
     if chunk_size is None:
         model(text, use_cache=False, logits_to_keep=1)
     else:
         cache = DilatedCache(model.config)
         for chunk in text.split(chunk_size, 1):
             model(chunk, cache=cache, logits_to_keep=1)
-    return (time.perf_counter() - start) / text.shape[1]
 
 
-def take_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
-    """Minimum and median seconds per token of each side; the first turn of each is not counted."""
-    times = {name: [] for name in sides}
-    for turn in tqdm(range(rounds + 1), unit="round"):
-        for name, side in sides.items():
-            seconds = side()
-            if turn:
-                times[name].append(seconds)
-    return {name: {"minimum": min(t), "median": sorted(t)[len(t) // 2]} for name, t in times.items()}
+def per_token(sides: dict[str, Callable[[], None]], rounds: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Minimum and median seconds per token of each side, which does `tokens` in a turn."""
+    times = in_turns(sides, rounds)
+    return {
+        name: {"minimum": min(row["seconds"] for row in rows) / tokens, "median": median(rows) / tokens}
+        for name, rows in times.items()
+    }
 
 
 @torch.no_grad()
@@ -98,14 +90,11 @@ def measure(rounds: int, reading_rounds: int, tokens_per_turn: int, context: int
         f"dense, dynamic cache at {context:,}": (dense, dense_at(dense, context, static=False)),
         f"dense, static cache at {context:,}": (dense, dense_at(dense, context, static=True)),
     }
-    decoding = take_turns(
-        {name: lambda pair=pair: decode(*pair, tokens_per_turn) for name, pair in caches.items()}, rounds
-    )
+    sides = {name: lambda pair=pair: decode(*pair, tokens_per_turn) for name, pair in caches.items()}
+    decoding = per_token(sides, rounds, tokens_per_turn)
     text = torch.randint(0, 256, (1, context))
-    reading = take_turns(
-        {"whole": lambda: read(sparse, text, None), "in chunks": lambda: read(sparse, text, chunk_size)},
-        reading_rounds,
-    )
+    sides = {"whole": lambda: read(sparse, text, None), "in chunks": lambda: read(sparse, text, chunk_size)}
+    reading = per_token(sides, reading_rounds, context)
     near, far, bounded, *others = decoding.values()
     return {
         "decoding_seconds_per_token": decoding,
@@ -126,10 +115,10 @@ def measure(rounds: int, reading_rounds: int, tokens_per_turn: int, context: int
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--reading_rounds", type=int, default=5)
-    parser.add_argument("--tokens_per_turn", type=int, default=8)
+    parser.add_argument("--reading-rounds", type=int, default=5)
+    parser.add_argument("--tokens-per-turn", type=int, default=8)
     parser.add_argument("--context", type=int, default=CONTEXT)
-    parser.add_argument("--chunk_size", type=int, default=4096)
+    parser.add_argument("--chunk-size", type=int, default=4096)
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     given = parser.parse_args(arguments)
     result = measure(given.rounds, given.reading_rounds, given.tokens_per_turn, given.context, given.chunk_size)

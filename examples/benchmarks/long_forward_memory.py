@@ -7,7 +7,6 @@ peak above the memory that the loaded model takes; weights are SmolLM2-135M's, o
 """
 
 import argparse
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from examples.measuring import peak_memory, reset_peak_memory
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.smollm2 import smollm2_135m
 from modeling_longnet.patching import patch_model
@@ -40,38 +40,21 @@ def load(model: str, num_layers: int | None, dtype: torch.dtype, device: str) ->
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **depth).to(device).eval()
 
 
-def _reset_peak(device: str) -> int:
-    """Start counting anew; the bytes in use now."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak(device)
-
-
-def _peak(device: str) -> int:
-    """The most bytes in use since `_reset_peak`: allocated by PyTorch on a GPU, resident in the process on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def read(model: str, num_layers: int | None, length: int, settings: dict, dtype: torch.dtype, device: str) -> dict:
     """Patch, read `length` random tokens in one forward, and tell the peak memory and the time."""
     patched = patch_model(load(model, num_layers, dtype, device), **settings)
     tokens = torch.randint(0, patched.config.vocab_size, (1, length), device=device)
     with torch.inference_mode():
         patched(tokens[:, :64], logits_to_keep=1, use_cache=False)  # one-time allocations of the libraries
-        before, start = _reset_peak(device), time.perf_counter()
+        before, start = reset_peak_memory(device), time.perf_counter()
         logits = patched(tokens, logits_to_keep=1, use_cache=False).logits
         assert logits.isfinite().all()  # also waits for a GPU
         seconds = time.perf_counter() - start
     return {
         "tokens": length,
         "model_mib": before / MIB,
-        "peak_mib": _peak(device) / MIB,
-        "working_mib": (_peak(device) - before) / MIB,
+        "peak_mib": peak_memory(device) / MIB,
+        "working_mib": (peak_memory(device) - before) / MIB,
         "seconds": seconds,
     }
 
@@ -138,4 +121,4 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

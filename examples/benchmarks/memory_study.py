@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from examples.perplexity import window_loss
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
@@ -109,25 +110,13 @@ def answers(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> dic
     return {"log_likelihood": likelihood, "found": bool((logits.argmax(-1) == target).all())}
 
 
-@torch.inference_mode()
-def text_loss(model: PreTrainedModel, tokens: torch.Tensor) -> dict:
-    """Mean loss over the tokens [N], in nats."""
-    logits = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0, :-1]
-    target = tokens[1:].to(logits.device)
-    total = sum(
-        torch.nn.functional.cross_entropy(a.float(), b, reduction="sum").item()
-        for a, b in zip(logits.split(1024), target.split(1024))
-    )
-    return {"loss": total / len(target)}
-
-
 def measure(model, tokenizer, task: str, trial: int) -> dict:
     """One trial of `needles-LENGTH`, `passkey-LENGTH` or `perplexity-TEXT-LENGTH` (the text's end; one trial)."""
     kind, *text, length = task.split("-")
     began = time.perf_counter()
     if kind == "perplexity":
         tokens = tokenizer(load_text("-".join(text)), verbose=False).input_ids[-int(length) :]
-        result = text_loss(model, torch.tensor(tokens))
+        result = {"loss": window_loss(model, torch.tensor(tokens))}
     else:
         result = answers(model, *getattr(Cases(tokenizer), kind)(int(length), trial))
     return result | {"seconds": round(time.perf_counter() - began, 2)}

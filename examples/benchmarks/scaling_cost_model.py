@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from examples.reporting import provenance, write_json
+from examples.runs import geometric_patterns
 from modeling_longnet import LongNetConfig
 
 
@@ -52,15 +53,6 @@ def load_model(preset: str | Path) -> Model:
                  config.num_key_value_heads, config.head_dim)  # fmt: skip
 
 
-def geometric(tokens: int, first: int, ratio: int) -> list[tuple[int, int]]:
-    """Patterns (w, r) up to the whole text, all with `first` tokens a head."""
-    patterns = [(first, 1)]
-    while patterns[-1][0] < tokens:
-        w, r = patterns[-1]
-        patterns.append((min(tokens, w * ratio), r * ratio))
-    return patterns
-
-
 def bytes_received(patterns: list[tuple[int, int]], gpus: int, tokens: int, model: Model) -> float:
     """At most, by a GPU in a layer's forward: of each pattern longer than a slice, the selected rows elsewhere."""
     n = tokens / gpus
@@ -77,7 +69,7 @@ def attention_flops(patterns: list[tuple[int, int]], tokens: float, model: Model
 
 def estimate(tokens: int, gpus: int, model: Model, hardware: Hardware, first: int = 2048, ratio: int = 4) -> dict:
     """One step on one text split over all GPUs: FSDP2, bf16, gradient checkpointing of every layer, AdamW."""
-    patterns, n = geometric(tokens, first, ratio), tokens / gpus
+    patterns, n = geometric_patterns(tokens, first, ratio, clip=True), tokens / gpus
     bandwidth = hardware.node_bandwidth if gpus <= hardware.node_size else hardware.network_bandwidth
     # Parameters, gradients and AdamW states; the input of each layer; one layer at work; its received keys twice.
     received = bytes_received(patterns, gpus, tokens, model)

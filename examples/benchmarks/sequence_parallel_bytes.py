@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.runs import geometric_patterns
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.sequence_exchange import Heads, SequenceLayout, plan_exchange
 
@@ -20,18 +21,9 @@ from modeling_longnet.sequence_exchange import Heads, SequenceLayout, plan_excha
 MIB = 2**20
 
 
-def geometric(length: int, first: int) -> DilationSchedule:
-    """Segments of `first`, 4 x, 16 x, ... tokens up to the whole text, all with `first` tokens a head."""
-    lengths, rates = [first], [1]
-    while lengths[-1] < length:
-        lengths.append(min(length, 4 * lengths[-1]))
-        rates.append(4 * rates[-1])
-    return DilationSchedule(tuple(lengths), tuple(rates))
-
-
 def measure(length: int, ranks: int, first: int, heads: Heads, width: int, itemsize: int) -> dict:
     """Bytes that each rank receives in a layer's forward, and what an all-gather of all keys would send it."""
-    schedule = geometric(length, first)
+    schedule = DilationSchedule(*zip(*geometric_patterns(length, first, 4, clip=True)))
     slice_length = -(-length // ranks)
     layout = SequenceLayout(1, slice_length, ranks, ((0, 1, 0, length),))
     row = 2 * width * itemsize

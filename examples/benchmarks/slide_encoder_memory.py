@@ -7,18 +7,16 @@ included.
 """
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
+from examples.measuring import peak_memory
 from examples.reporting import provenance, write_json
+from examples.runs import REPOSITORY
 from modeling_longnet import LongNetSlideEncoderModel
-
-
-CONFIGURATION = Path(__file__).parent.parent.parent / "configuration"
 
 
 def read_slide(model: LongNetSlideEncoderModel, tiles: int) -> float:
@@ -42,7 +40,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--tiles", type=int, default=10_000)
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     options = parser.parse_args(arguments)
-    config = AutoConfig.from_pretrained(CONFIGURATION / options.preset)
+    config = AutoConfig.from_pretrained(REPOSITORY / "configuration" / options.preset)
     if options.num_layers:
         config.num_hidden_layers = options.num_layers
     torch.manual_seed(0)
@@ -53,7 +51,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "layers": config.num_hidden_layers,
         "tiles": options.tiles,
         "seconds": round(seconds, 2),
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+        "peak_gb": round(peak_memory() / 1e9, 3),
         "provenance": provenance(),
     }
     print(f"{options.tiles} tiles, {config.num_hidden_layers} layers of {config.hidden_size}: {seconds:.1f} s, "

@@ -17,10 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
+from examples.perplexity import window_loss
 from examples.reporting import provenance, write_json
 from examples.smollm2 import smollm2_135m
 from modeling_longnet.dilation_schedule import DilationSchedule
@@ -181,11 +181,9 @@ class Study:
             self.far_heads(heads)
         self.variant, self.work = variant, []
         self.model.set_attn_implementation("sdpa" if variant is None else NAME)
-        hidden = self.model.model(ids).last_hidden_state[0, :-1]
-        parts = zip(hidden.split(512), ids[0, 1:].split(512))
-        total = sum(cross_entropy(self.model.lm_head(rows), target, reduction="sum") for rows, target in parts)
+        loss = window_loss(self.model, ids[0])
         pairs = sum(self.work) / len(self.work) if self.work else (self.length + 1) / 2
-        return total.item() / (ids.shape[1] - 1), pairs
+        return loss, pairs
 
 
 def compare(result: dict, dense: dict) -> dict:

@@ -66,9 +66,9 @@ def prepare_encode(options) -> None:
 
 
 def _training(epochs: int) -> list[str]:
-    return ["--num_train_epochs", str(epochs), "--per_device_train_batch_size", "16", "--per_device_eval_batch_size",
-            "32", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3",
-            "--weight_decay", "0.01"]  # fmt: skip
+    return ["--num-train-epochs", str(epochs), "--per-device-train-batch-size", "16", "--per-device-eval-batch-size",
+            "32", "--gradient-accumulation-steps", "1", "--learning-rate", "2e-3",
+            "--weight-decay", "0.01"]  # fmt: skip
 
 
 # By name: the task, and the options of finetune.py.
@@ -91,7 +91,7 @@ def demo_run(name: str) -> dict:
         return json.loads((folder / finetune.RESULTS_FILE).read_text())
     data = write_data(task, ROOT / task, NUM_SLIDES[task])
     arguments = ["--features", str(data / FEATURES_FOLDER), "--labels", str(data / LABELS_FILE), *more]
-    arguments += ["--output_dir", str(folder)]
+    arguments += ["--output-dir", str(folder)]
     if "--embeddings" not in more:
         arguments += ["--checkpoint", str(demo_encoder())]
     if folder.is_dir() and any(folder.iterdir()):

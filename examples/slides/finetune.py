@@ -13,18 +13,16 @@ Besides the options of this file, every option of Transformers' TrainingArgument
 
 import csv
 import json
-import shutil
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_curve
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.runs import end_script, last_complete_checkpoint, option, trackers
 from examples.slides import cases as cases_
 from examples.slides.cases import PARTS, Case, Collator, Columns, SlideDataset
 from examples.slides.feature_files import Reading, SlideFile, inspect_folder, report_skipped
@@ -42,35 +40,33 @@ FREE_TO_CHANGE = ("resume", "bootstrap")
 class Options:
     """What to learn from what."""
 
-    labels: str | None = field(default=None, metadata={"help": "CSV file"})
-    features: str | None = field(default=None, metadata={"help": "folder of feature files (see encode.py)"})
-    checkpoint: str | None = field(default=None, metadata={"help": "slide encoder to train end to end"})
-    embeddings: str | None = field(
-        default=None, metadata={"help": "a file of encode.py for a linear probe; 'mean' for the mean of the tiles"}
-    )
-    layer: int | None = field(default=None, metadata={"help": "probe this layer's embeddings, 0 for the input's"})
-    task: str = field(default="classification", metadata={"choices": list(KINDS)})
+    labels: str | None = option(None, "CSV file")
+    features: str | None = option(None, "folder of feature files (see encode.py)")
+    checkpoint: str | None = option(None, "slide encoder to train end to end")
+    embeddings: str | None = option(None, "a file of encode.py for a linear probe; 'mean' for the mean of the tiles")
+    layer: int | None = option(None, "probe this layer's embeddings, 0 for the input's")
+    task: str = option("classification", choices=list(KINDS))
     slide_column: str = "slide_id"
     patient_column: str = "patient_id"
     label_column: str = "label"
     time_column: str = "time"
     event_column: str = "event"
-    split_column: str | None = field(default=None, metadata={"help": "a column of train, val and test; default folds"})
-    folds: int = field(default=5, metadata={"help": "of patients: one is for testing, the next for validation"})
+    split_column: str | None = option(None, "a column of train, val and test; default folds")
+    folds: int = option(5, "of patients: one is for testing, the next for validation")
     fold: int = 0
     split_seed: int = 0
-    intervals: int = field(default=4, metadata={"help": "of time, for --task hazards"})
-    class_weights: bool = field(default=True, metadata={"help": "rare classes count more in the loss"})
-    lora_rank: int = field(default=0, metadata={"help": "LoRA on every projection; 0 trains all weights"})
+    intervals: int = option(4, "of time, for --task hazards")
+    class_weights: bool = option(True, "rare classes count more in the loss")
+    lora_rank: int = option(0, "LoRA on every projection; 0 trains all weights")
     lora_alpha: int = 16
-    max_tiles: int | None = field(default=None, metadata={"help": "in training, at most so many of a slide's tiles"})
-    bootstrap: int = field(default=1000, metadata={"help": "resamples for the intervals"})
+    max_tiles: int | None = option(None, "in training, at most so many of a slide's tiles")
+    bootstrap: int = option(1000, "resamples for the intervals")
     features_name: str | None = None
     coords_name: str | None = None
-    tile_size: float | None = field(default=None, metadata={"help": "see encode.py"})
-    coords: str | None = field(default=None, metadata={"help": "see encode.py"})
-    resume: bool = field(default=False, metadata={"help": "go on with an interrupted run in --output-dir"})
-    demo: bool = field(default=False, metadata={"help": "synthetic slides, in minutes: see docs/slides.md"})
+    tile_size: float | None = option(None, "see encode.py")
+    coords: str | None = option(None, "see encode.py")
+    resume: bool = option(False, "go on with an interrupted run in --output-dir")
+    demo: bool = option(False, "synthetic slides, in minutes: see docs/slides.md")
 
 
 DEFAULTS = {
@@ -119,6 +115,7 @@ def parse(arguments: list[str] | None) -> tuple[Options, TrainingArguments]:
     options, training = parser.parse_args_into_dataclasses(arguments)
     if options.demo:
         return options, training
+    trackers(training.report_to)
     if options.labels is None:
         parser.error("--labels is needed (or --demo)")
     if (options.checkpoint is None) == (options.embeddings is None):
@@ -215,18 +212,6 @@ def make_trainer(options: Options, training: TrainingArguments, data: Data) -> S
     )  # fmt: skip
     trainer.test_dataset = datasets["test"]
     return trainer
-
-
-def last_complete_checkpoint(output: Path) -> str | None:
-    """The Trainer's last checkpoint that was written to its end, which is its state; killed in between, it has none."""
-    found = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return str(path)
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-    return None
 
 
 def train(options: Options, training: TrainingArguments, data: Data) -> tuple[np.ndarray, dict]:
@@ -359,7 +344,4 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    end_script(main)

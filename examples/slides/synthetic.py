@@ -8,7 +8,7 @@ Both tasks are built so that the mean of the tiles tells nothing, because both c
 
 The files are laid out as CLAM, TRIDENT and STAMP write theirs, in turns.
 
-    python -m examples.slides.synthetic --task arrangement --slides 700 --output runs/slides/arrangement
+    python -m examples.slides.synthetic --task arrangement --slides 700 --output-dir runs/slides/arrangement
 """
 
 import argparse
@@ -165,10 +165,10 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--slides", type=int, default=700)
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--output-dir", type=Path, required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    folder = write_data(options.task, options.output, options.slides, seed=options.seed)
+    folder = write_data(options.task, options.output_dir, options.slides, seed=options.seed)
     print(f"{options.slides} slides and {LABELS_FILE} in {folder}")
     return folder
 

@@ -1,0 +1,279 @@
+"""Banks: a text that a model with a memory has read once, on disk, for any number of caches to go on from.
+
+A bank is what a cache of store="disk" leaves: pages of keys and values, the index of their blocks, and a state
+(memory_pages.py). Caches read it in place, write nothing into it, and keep what comes behind in a store of their own.
+
+A cache that begins with a bank gives the numbers of a cache that has read the bank's text by itself, in the same
+chunks: bit for bit, but for what reading in other chunks does to rounding. Documents of one bank follow each other in
+one text, so a later one is read with the earlier ones in mind. Distances are the schedule's affair: true ones up to its
+`max_distance`, beyond that each block is read as if it began there, whether it lies in a bank or not.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .dilated_cache import DilatedCache
+from .dilated_cache_file import (
+    FOLDER_FORMAT,
+    check_fingerprints,
+    is_memory_folder,
+    load_cache,
+    open_pages,
+    read_state,
+    restore_layer,
+    save_cache,
+)
+from .dilated_memory_layer import MemoryLayer
+from .dilation_schedule import as_integer
+from .memory_pages import STATE_NAME, StoreFolder
+from .memory_store import BankedStore, RowFiles, Shape, make_store
+from .streaming import interrupts_noted
+from .transformers_compat import named_cache
+
+
+SEPARATOR = "\n\n"
+
+
+class MemoryBank:
+    """A text on disk as a model has read it: `input_ids` [N], and where its documents begin.
+
+    Open one with `MemoryBank.open(path)`, or have one made by `MemoryBank.from_texts`.
+    """
+
+    def __init__(self, folder: StoreFolder, metadata: dict, tensors: dict[str, torch.Tensor]):
+        self.folder, self.metadata, self._tensors = folder, metadata, tensors
+        self.input_ids = tensors["extra.input_ids"].long()
+        self.document_starts = tensors["extra.document_starts"].tolist()
+        self._rows: dict[tuple[int, torch.device], RowFiles] = {}
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "MemoryBank":
+        """The bank in a folder, which may be read-only and is not trusted: sizes are checked, no code is in it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, was never read to its end, or is being written to.
+        """
+        folder = StoreFolder(path, is_bank=True)
+        metadata, tensors = read_state(folder.state_path, None, FOLDER_FORMAT)
+        ids, starts, positions = (tensors.get(x) for x in ("extra.input_ids", "extra.document_starts", "positions"))
+        if ids is None or starts is None or ids.dim() != 1 or starts.dim() != 1 or positions.shape != (1,):
+            raise ValueError(f"{path} is a saved cache, but no bank: wanted one row and its text.")
+        if int(positions) != len(ids):
+            raise ValueError(
+                f"{path} holds {int(positions)} of {len(ids)} tokens: call `MemoryBank.from_texts` again to read on."
+            )
+        return cls(folder, metadata, tensors)
+
+    @classmethod
+    def from_texts(
+        cls,
+        model: PreTrainedModel,
+        tokenizer,
+        documents: Sequence[str],
+        path: str | Path,
+        *,
+        chunk_size: int = 1024,
+        save_every: int = 16,
+        progress: bool = True,
+    ) -> "MemoryBank":
+        """Reads documents, one behind the other, into a new bank; goes on where it was stopped.
+
+        Args:
+            model: with a memory, patched in all its layers or a LongNet. tokenizer: called with each document; the
+                first one gets its special tokens.
+            path: a folder. What was read stands there every `save_every` chunks and after Ctrl-C.
+            chunk_size: tokens that are read at once.
+
+        Raises:
+            ValueError: no document, a model without a memory, a folder that holds another text or another model's.
+            KeyboardInterrupt: after what was read has been saved.
+        """
+        if isinstance(documents, str) or not documents or not all(isinstance(x, str) for x in documents):
+            raise ValueError(f"`documents` must be a list of texts, got {documents!r:.200}.")
+        pieces = []
+        for number, document in enumerate(documents):
+            text = document + (SEPARATOR if number + 1 < len(documents) else "")
+            pieces.append(tokenizer(text, add_special_tokens=number == 0, verbose=False)["input_ids"])
+        return cls.from_tokens(model, pieces, path, chunk_size=chunk_size, save_every=save_every, progress=progress)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        model: PreTrainedModel,
+        documents: Sequence[Sequence[int]],
+        path: str | Path,
+        *,
+        chunk_size: int = 1024,
+        save_every: int = 16,
+        progress: bool = True,
+    ) -> "MemoryBank":
+        """`from_texts` of documents that are tokens already."""
+        for name, value in (("chunk_size", chunk_size), ("save_every", save_every)):
+            if as_integer(value) is None or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        lengths = [len(x) for x in documents]
+        text = {
+            "input_ids": torch.cat([torch.as_tensor(x, dtype=torch.long).flatten() for x in documents]).int(),
+            "document_starts": torch.tensor([sum(lengths[:i]) for i in range(len(lengths))]),
+        }
+        if not len(text["input_ids"]):
+            raise ValueError("`documents` must hold at least a token.")
+        bank = _read_before(text, path)
+        if bank is not None:
+            bank.check(model)
+            return bank
+        cache = _begin(model, text, path)
+        try:
+            _read(model, cache, text, path, chunk_size, save_every, progress)
+        finally:
+            cache.close()
+        return cls.open(path)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuses a model that is not the one that read this bank.
+
+        Raises:
+            ValueError: other weights, another schedule, other dimensions to rank in.
+        """
+        check_fingerprints(self.folder.path, self.metadata, model)
+
+    def rows(self, layer: MemoryLayer, index: int, device: torch.device) -> RowFiles:
+        """What it holds for a layer, the `index`-th of the dilated ones."""
+        if (index, device) not in self._rows:
+            store = open_pages(self.folder, layer, index, self.metadata, [len(self)], device)
+            self._rows[index, device] = store.rows[0]
+        return self._rows[index, device]
+
+    def start_cache(
+        self, model: PreTrainedModel, batch_size: int = 1, *, store: str = "device", path: str | Path | None = None
+    ) -> DilatedCache:
+        """A cache whose rows all have read this bank: see `start_cache`."""
+        return start_cache(model, [self] * batch_size, store=store, path=path)
+
+    def restore_layer(self, layer, index: int, device: torch.device) -> None:
+        """Fills a layer without a memory with what it held at the end of the bank."""
+        restore_layer(self.folder.state_path, layer, index, self._tensors, device)
+
+
+def _is_text(extra: dict[str, torch.Tensor], text: dict[str, torch.Tensor]) -> bool:
+    return set(extra) == set(text) and all(torch.equal(extra[name], x) for name, x in text.items())
+
+
+def _read_before(text: dict[str, torch.Tensor], path: str | Path) -> MemoryBank | None:
+    """The bank of this text in a folder, if it was read to its end: others may be reading it too."""
+    if not is_memory_folder(path):
+        return None
+    _, tensors = read_state(Path(path) / STATE_NAME, None, FOLDER_FORMAT)
+    extra = {name.removeprefix("extra."): x for name, x in tensors.items() if name.startswith("extra.")}
+    done = tensors["positions"].tolist() == [len(text["input_ids"])]
+    return MemoryBank.open(path) if done and _is_text(extra, text) else None
+
+
+def _begin(model: PreTrainedModel, text: dict[str, torch.Tensor], path: str | Path) -> DilatedCache:
+    """A cache to read the text into, or the one that has read a part of it."""
+    if not is_memory_folder(path):
+        cache = DilatedCache(model.config, store="disk", path=path)
+        if len(cache.dilated_layers) < len(cache.layers):
+            cache.close()
+            raise ValueError("`model` must have dilated attention in every layer: others would keep their whole past.")
+        return cache
+    cache, extra = load_cache(path, model)
+    if not _is_text(extra, text):
+        cache.close()
+        raise ValueError(f"`path`: {path} holds another text than `documents`, or no bank. Delete it first.")
+    return cache
+
+
+def _read(model, cache: DilatedCache, text, path, chunk_size: int, save_every: int, progress: bool) -> None:
+    ids, position = text["input_ids"], cache.get_seq_length()
+    training, done = model.training, 0
+    bar = tqdm(total=len(ids), initial=position, unit="tok", unit_scale=True, desc="reading", disable=not progress)
+    model.eval()
+    try:
+        with interrupts_noted() as noted, bar, torch.inference_mode():
+            while position < len(ids) and not noted:
+                chunk = ids[None, position : position + chunk_size].long().to(model.device)
+                model.base_model(input_ids=chunk, use_cache=True, **named_cache(cache))
+                position, done = position + chunk.shape[1], done + 1
+                bar.update(chunk.shape[1])
+                if done % save_every == 0 or position == len(ids) or noted:
+                    save_cache(path, cache, model, **text)
+    finally:
+        model.train(training)
+    if position < len(ids):
+        raise KeyboardInterrupt
+
+
+def start_cache(
+    model: PreTrainedModel,
+    banks: Sequence[MemoryBank | None],
+    *,
+    store: str = "device",
+    path: str | Path | None = None,
+) -> DilatedCache:
+    """A cache for as many rows as there are banks, each of which has read its bank, and shares it with any others.
+
+    Text goes on behind the banks: pass it alone to the model with this cache, or, to `generate`, behind `input_ids` of
+    the bank. Beam search, `crop` and the like work as ever, on what came after the bank; `reset` is refused.
+
+    Args:
+        banks: of each row, made by this model; None for a row without.
+        store, path: for what is read from now on, as in [`DilatedCache`].
+
+    Raises:
+        ValueError: a bank of another model; no bank; banks of several lengths for a model that counts positions where
+            they cannot be put right: all layers must have a memory with `max_distance`.
+    """
+    banks = list(banks)
+    found = {id(bank): bank for bank in banks if bank is not None}
+    if not found:
+        raise ValueError("`banks` must have at least one bank.")
+    for bank in found.values():
+        bank.check(model)
+    counts = [0 if bank is None else len(bank) for bank in banks]
+    cache = DilatedCache(model.config, store=store, path=path)
+    layers, memory = cache.dilated_layers, cache.schedule.memory
+    has_all = all(isinstance(layer, MemoryLayer) for layer in layers)
+    if len(layers) < len(cache.layers):
+        raise ValueError("`model` must have dilated attention in every layer: a bank holds nothing for others.")
+    if len(set(counts)) > 1 and not (has_all and memory.max_distance is not None):
+        raise ValueError(
+            f"`banks` must be of one length for a model without `max_distance` in all layers, got {counts} tokens."
+        )
+    if len(found) > 1 and not has_all:
+        raise ValueError("`banks` must be one bank for all rows where some layers have no memory.")
+    device = model.device
+    for index, layer in enumerate(layers):
+        if isinstance(layer, MemoryLayer):
+            layer.begin_with(_banked(layer, index, banks, device, store, cache.folder))
+        else:
+            next(iter(found.values())).restore_layer(layer, index, device)
+            layer.map_batch(lambda x: x.repeat_interleave(len(banks), dim=0))
+    cache.start(len(banks), device)
+    cache.positions.copy_(torch.tensor(counts))
+    cache.seen.fill_(max(counts))
+    return cache
+
+
+def _banked(layer: MemoryLayer, index: int, banks, device, store: str, folder: StoreFolder | None) -> BankedStore:
+    """A layer's store: its banks' pages, and an own store that holds the last tokens, which are no whole block."""
+    bases = [None if bank is None else bank.rows(layer, index, device) for bank in banks]
+    known = next(base.shape for base in bases if base is not None)
+    shape = Shape(len(banks), known.groups, known.width, known.dtype, device, known.size)
+    banked = BankedStore(bases, make_store(store, shape, folder, layer.layer_idx))
+    for row, (base, begin) in enumerate(zip(bases, banked.begins)):
+        if base is not None and begin < base.count:
+            banked.own.write(slice(row, row + 1), 0, *base.span(begin, base.count))
+    return banked
+
+
+__all__ = ["MemoryBank", "start_cache"]

@@ -1,0 +1,202 @@
+"""Banks: read once, asked many times, and what they give is what the same text in the context gives."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from test_memory_patch import TOLERANCE, logits, read, recall_cases, recall_model, tiny_llama, tokens, with_memory
+from tiny_models import tiny_config
+
+from modeling_longnet import DilatedCache, LongNetForCausalLM, MemoryBank, calibrate_memory, patch_model
+from modeling_longnet.memory_bank import start_cache
+from modeling_longnet.memory_pages import STATE_NAME
+from modeling_longnet.transformers_compat import named_cache
+
+
+LENGTH = 90  # not a multiple of the blocks: a bank's last tokens are no whole block
+
+
+@pytest.fixture(params=["alone", "some-layers", "clamped", "few-dimensions"])
+def model(request):
+    return with_memory(request.param)
+
+
+def make_bank(model, path, length=LENGTH, documents=1, **options) -> MemoryBank:
+    pieces = tokens(length)[0].tensor_split(documents)
+    return MemoryBank.from_tokens(model, pieces, path, chunk_size=32, progress=False, **options)
+
+
+@pytest.mark.parametrize("store", ["device", "cpu", "disk"])
+def test_a_bank_is_the_same_text_in_the_context(model, tmp_path, store):
+    """In distances as the model has them: "alone" clamps none of these, "clamped" nearly all, both forms to the bit."""
+    text, question = tokens(LENGTH), tokens(40, batch=2)
+    bank = make_bank(model, tmp_path / "bank", documents=3)
+    assert len(bank) == LENGTH and bank.document_starts == [0, 30, 60] and torch.equal(bank.input_ids, text[0])
+    _, cache = read(model, text, [32])
+    expected, _ = read(model, question[:1], [11, 1, 1, 27], cache)
+    path = {"path": tmp_path / "own"} if store == "disk" else {}
+    actual, cache = read(model, question[:1], [11, 1, 1, 27], bank.start_cache(model, store=store, **path))
+    assert torch.equal(actual, expected)
+    whole = logits(model, torch.cat([text, question[:1]], dim=1))[:, LENGTH:]
+    torch.testing.assert_close(actual, whole, **TOLERANCE)
+    assert cache.get_seq_length() == LENGTH + 40
+    assert set(cache.memory_by_place()) <= {store, "device"}  # the bank takes none of it
+
+
+def test_rows_share_a_bank_and_leave_it_as_it_is(model, tmp_path):
+    bank, questions = make_bank(model, tmp_path / "bank"), tokens(40, batch=3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()}
+    whole = logits(model, torch.cat([tokens(LENGTH).expand(3, -1), questions], dim=1))[:, LENGTH:]
+    cache = bank.start_cache(model, 3)
+    read(model, questions[:, :20], [7, 1], cache)
+    copied = copy.deepcopy(cache)
+    cache.activate_past_recording()
+    read(model, tokens(9, batch=3), [9], cache)
+    cache.crop(-9)
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    torch.testing.assert_close(
+        read(model, questions[[2, 2, 0], 20:], [19, 1], cache)[0], whole[[2, 2, 0], 20:], **TOLERANCE
+    )
+    torch.testing.assert_close(read(model, questions[:, 20:], [20], copied)[0], whole[:, 20:], **TOLERANCE)
+    with pytest.raises(ValueError, match="reset"):
+        cache.reset()
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["clamped", "few-dimensions"])
+def test_rows_have_banks_of_their_own(name, tmp_path):
+    model, questions = with_memory(name), tokens(30, batch=4)
+    long, short = make_bank(model, tmp_path / "a"), make_bank(model, tmp_path / "b", 51)
+    cache = start_cache(model, [long, None, short, long])
+    actual, _ = read(model, questions, [13, 1, 16], cache)
+    for row, bank in enumerate([long, None, short, long]):
+        text = (
+            questions[row : row + 1] if bank is None else torch.cat([bank.input_ids[None], questions[row : row + 1]], 1)
+        )
+        torch.testing.assert_close(actual[row : row + 1], logits(model, text)[:, -30:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+def test_generate_goes_on_behind_a_bank(model, tmp_path, options):
+    bank, question = make_bank(model, tmp_path / "bank"), tokens(12, batch=2)
+    prompt = torch.cat([bank.input_ids.expand(2, -1), question], dim=1)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)} | options
+    expected = model.generate(prompt, **settings, cache_implementation="dynamic")
+    cache = bank.start_cache(model, 2 * options.get("num_beams", 1))
+    assert torch.equal(model.generate(prompt, **settings, **named_cache(cache)), expected)
+
+
+def test_a_book_is_read_once_and_asked_many_times(tmp_path):
+    model, pairs, questions = recall_model()
+    texts, answers = recall_cases(pairs, questions, count=3)
+    found = patch_model(model, [32], [1], memory={"block_size": 4, "top_k": 8})
+    for number, (text, answer) in enumerate(zip(texts, answers)):
+        bank = MemoryBank.from_tokens(found, [text[:-1]], tmp_path / str(number), progress=False)
+        for _ in range(2):
+            assert read(found, text[None, -1:], [1], bank.start_cache(found))[0].argmax() == answer
+
+
+def test_texts_are_tokenized_in_order(tmp_path):
+    model = with_memory("alone")
+
+    def tokenizer(text, add_special_tokens, verbose):
+        return {"input_ids": [1] * add_special_tokens + [ord(c) % 97 for c in text]}
+
+    bank = MemoryBank.from_texts(model, tokenizer, ["abc", "d"], tmp_path, progress=False)
+    assert bank.input_ids.tolist() == [1, *(ord(c) % 97 for c in "abc\n\nd")] and bank.document_starts == [0, 6]
+    for wrong in ([], [3], "abc"):
+        with pytest.raises(ValueError, match="documents"):
+            MemoryBank.from_texts(model, tokenizer, wrong, tmp_path / "wrong")
+
+
+def test_reading_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    model = with_memory("clamped")
+    expected = make_bank(model, tmp_path / "whole")
+    calls, forward = [], type(model.base_model).forward
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("power cut")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.base_model), "forward", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_bank(model, tmp_path / "bank", save_every=1)
+    with pytest.raises(ValueError, match="64 of 90"):
+        MemoryBank.open(tmp_path / "bank")
+    with pytest.raises(ValueError, match="another text"):
+        MemoryBank.from_tokens(model, [tokens(91)[0]], tmp_path / "bank", progress=False)
+    bank = make_bank(model, tmp_path / "bank", save_every=1)
+    assert len(calls) == 4
+    question = tokens(9)
+    outs = [read(model, question, [9], x.start_cache(model))[0] for x in (bank, expected)]
+    assert torch.equal(*outs)
+    assert len(make_bank(model, tmp_path / "bank")) == LENGTH and len(calls) == 4 + 2  # nothing is read again
+
+
+def test_a_bank_of_another_model_is_refused(tmp_path):
+    model = with_memory("few-dimensions")
+    bank = make_bank(model, tmp_path / "bank")
+    others = {
+        "weights": with_memory("few-dimensions", tiny_llama(initializer_range=0.1)),
+        "schedule": with_memory("clamped"),
+        "calibrated": calibrate_memory(with_memory("few-dimensions"), tokens(80)[0]),
+    }
+    for word, other in others.items():
+        with pytest.raises(ValueError, match=word):
+            bank.start_cache(other)
+    other = with_memory("few-dimensions", tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+    with pytest.raises(ValueError, match="configuration"):
+        bank.start_cache(other)
+
+
+def test_what_a_folder_says_is_not_trusted(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = with_memory("alone")
+    bank = make_bank(model, tmp_path / "bank")
+    tensors, metadata = load_file(bank.folder.state_path), bank.metadata
+    changes = {
+        "rows": json.dumps({"0": -1}),
+        "pages.1": json.dumps({"groups": 2, "width": 10**9, "index": 16, "far": 16}),
+        "dtype": "load",
+        "format": "other",
+    }
+    for number, (name, value) in enumerate(changes.items()):
+        shutil.copytree(tmp_path / "bank", tmp_path / str(number))
+        save_file(tensors, tmp_path / str(number) / STATE_NAME, metadata | {name: value})
+        with pytest.raises(ValueError, match="damaged|cut off|format"):
+            MemoryBank.open(tmp_path / str(number)).start_cache(model)
+    with pytest.raises(FileNotFoundError):
+        MemoryBank.open(tmp_path / "nowhere")
+    for path in (tmp_path / "bank").iterdir():
+        path.chmod(0o444)
+    assert len(MemoryBank.open(tmp_path / "bank")) == LENGTH
+
+
+def test_banks_that_do_not_go_together_are_refused(tmp_path):
+    model = with_memory("some-layers")
+    a, b = make_bank(model, tmp_path / "a"), make_bank(model, tmp_path / "b")
+    for banks in ([a, b], [a, None], [None], []):
+        with pytest.raises(ValueError, match="banks"):
+            start_cache(model, banks)
+    with pytest.raises(ValueError, match="memory"):
+        make_bank(patch_model(tiny_llama(), [8], [1]), tmp_path / "none")
+
+
+def test_a_longnet_reads_a_bank(tmp_path):
+    torch.manual_seed(0)
+    config = tiny_config(
+        position_embedding_type="xpos", segment_lengths=[8, 32], dilation_rates=[1, 4], overlap="once", local="sliding",
+        num_sink_tokens=2, memory={"block_size": 4, "top_k": 3, "layers": [1]}, initializer_range=0.2,
+    )  # fmt: skip
+    model, text = LongNetForCausalLM(config).eval(), torch.randint(3, 61, (1, 100))
+    bank = MemoryBank.from_tokens(model, [text[0, :70]], tmp_path, chunk_size=32, progress=False)
+    actual, _ = read(model, text[:, 70:], [1, 29], bank.start_cache(model))
+    torch.testing.assert_close(actual, logits(model, text)[:, 70:], **TOLERANCE)
+    made = model.generate(text, max_new_tokens=4, do_sample=False, **named_cache(bank.start_cache(model)))
+    assert torch.equal(made, model.generate(text, max_new_tokens=4, do_sample=False))
+    assert DilatedCache(model.config).memory_footprint() == 0
