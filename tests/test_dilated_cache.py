@@ -25,7 +25,7 @@ from modeling_longnet import LongNetForCausalLM
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_layout import SlotLayout
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 from modeling_longnet.patching import patch_model, unpatch_model
 from modeling_longnet.transformers_compat import CACHE, named_cache
 
@@ -133,7 +133,7 @@ def test_a_token_reads_the_slots_that_a_mask_would_show_it():
     """Sink tokens of the first segment, which stand in two places, may be read in either."""
     for seed in range(30):
         schedule, heads, groups, length, *_ = random_case(random.Random(seed))
-        layout = SlotLayout(schedule, heads, groups)
+        layout = SlotLayout(schedule, Heads(heads, groups))
         sinks = first = schedule.num_sink_tokens  # pattern 0 stands behind them
         for position in range(0, length, 3):
             live = layout.live(torch.tensor([position]), layout.tables(torch.device("cpu")))[0]
