@@ -120,11 +120,11 @@ def test_random_schedules_heads_and_chunks():
 
 def slots_of_pieces(layout: SlotLayout, position: int) -> list[list[int]]:
     """The slots that each query head reads."""
-    slots = [[] for _ in range(layout.num_heads)]
+    slots = [[] for _ in range(layout.heads.num_heads)]
     for piece in layout.token_pieces(position):
         for unit, member, row in itertools.product(range(piece.units), range(piece.members), range(piece.count)):
             head = piece.head + unit * piece.head_step + member * piece.member_step
-            assert piece.kv + unit * piece.kv_step == head // (layout.num_heads // layout.num_kv_heads)
+            assert piece.kv + unit * piece.kv_step == head // layout.heads.per_group
             slots[head].append(piece.start + unit * piece.start_step + row * piece.step)
     return slots
 
