@@ -1,5 +1,6 @@
 """The bounded cache: cached decode = full forward, chunked = whole, in memory that does not grow."""
 
+import itertools
 import random
 from functools import partial
 
@@ -24,7 +25,7 @@ from modeling_longnet import LongNetForCausalLM
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_layout import SlotLayout
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 from modeling_longnet.patching import patch_model, unpatch_model
 from modeling_longnet.transformers_compat import CACHE, named_cache
 
@@ -115,6 +116,31 @@ def test_random_schedules_heads_and_chunks():
     for seed in range(40):
         case = random_case(random.Random(seed))
         assert worst_error(*case) < 1e-5, case
+
+
+def slots_of_pieces(layout: SlotLayout, position: int) -> list[list[int]]:
+    """The slots that each query head reads."""
+    slots = [[] for _ in range(layout.heads.num_heads)]
+    for piece in layout.token_pieces(position):
+        for unit, member, row in itertools.product(range(piece.units), range(piece.members), range(piece.count)):
+            head = piece.head + unit * piece.head_step + member * piece.member_step
+            assert piece.kv + unit * piece.kv_step == head // layout.heads.per_group
+            slots[head].append(piece.start + unit * piece.start_step + row * piece.step)
+    return slots
+
+
+def test_a_token_reads_the_slots_that_a_mask_would_show_it():
+    """Sink tokens of the first segment, which stand in two places, may be read in either."""
+    for seed in range(30):
+        schedule, heads, groups, length, *_ = random_case(random.Random(seed))
+        layout = SlotLayout(schedule, Heads(heads, groups))
+        sinks = first = schedule.num_sink_tokens  # pattern 0 stands behind them
+        for position in range(0, length, 3):
+            live = layout.live(torch.tensor([position]), layout.tables(torch.device("cpu")))[0]
+            for shown, read in zip(live, slots_of_pieces(layout, position)):
+                doubled = position < schedule.segment_lengths[0] and schedule.dilation_rates[0] == 1
+                read = [slot - first if doubled and first <= slot < first + sinks else slot for slot in read]
+                assert sorted(read) == shown.nonzero()[:, 0].tolist(), (seed, position)
 
 
 def patched(model, **options):
@@ -294,8 +320,8 @@ def test_rows_are_reordered_repeated_and_selected():
 
 def test_layers_share_what_a_step_computes(monkeypatch):
     model, text, calls = longnet(num_hidden_layers=3), tokens(1, 40), []
-    live = SlotLayout.live
-    monkeypatch.setattr(SlotLayout, "live", lambda *given: calls.append(1) or live(*given))
+    plan = SlotLayout.token_pieces
+    monkeypatch.setattr(SlotLayout, "token_pieces", lambda *given: calls.append(1) or plan(*given))
     cache = DilatedCache(model.config, max_length=4)
     read(model, text, [20] + [1] * 20, cache)
     assert len(calls) == 20
