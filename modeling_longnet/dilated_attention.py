@@ -84,7 +84,9 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
     is_single = query.shape[2] == 1 and schedule.padding == "mask"
     plan = plan_token if is_single else plan_blocks
     for rows, q, k, start, planned in _pieces(query, key, document_ids, query_offset, schedule, heads, plan):
-        tensors = query[rows, :, q], key[rows, :, k], value[rows, :, k], mixed[rows, :, q], lse[rows, :, q]
+        tensors = query, key, value, mixed, lse
+        if not is_single or (rows, k) != (slice(0, len(query)), slice(0, key.shape[2])):  # slicing takes its time
+            tensors = query[rows, :, q], key[rows, :, k], value[rows, :, k], mixed[rows, :, q], lse[rows, :, q]
         if is_single:
             attend_token(kernel, planned, *tensors, scale)
         else:
@@ -283,7 +285,11 @@ def scheduled_attention(
         out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
     else:
         offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
-        out, lse = _forward_op(
+        # A decoding step outside a graph: the way through the dispatcher would take longer than what it leads to.
+        is_plain = query.shape[2] == 1 and type(query) is torch.Tensor and not torch.compiler.is_compiling()
+        wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        run = _forward if is_plain and not wants_grad else _forward_op
+        out, lse = run(
             query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset,
             [heads.first, heads.total or heads.num_heads], schedule.to_text(), scale, backend,
         )  # fmt: skip

@@ -69,10 +69,10 @@ class DilatedCache(DynamicCache):
 
         2 * layers * B * G * (S rounded up to a multiple of 8, beyond S) * D * (bytes of an element)
 
-    bytes, at position 1,000 as at position 1,000,000,000. Decoding is one masked attention over the slots, with static
-    shapes, so it compiles; a chunk of several tokens runs on unmasked fused kernels. Rows of a batch may be padded on
-    the left: each stands at its own position. A layer with a memory is the exception: it keeps every token, since any
-    may be asked for, and its memory grows with the text.
+    bytes, at position 1,000 as at position 1,000,000,000. A token attends, on a CPU, to the slots that it sees alone;
+    elsewhere all slots are one masked attention of static shapes, which compiles. A chunk of several tokens runs on
+    unmasked fused kernels. Rows of a batch may be padded on the left: each stands at its own position. A layer with a
+    memory is the exception: it keeps every token, since any may be asked for, and its memory grows with the text.
 
     Args:
         config: of a LongNet or a patched model. Layers that a patch has left alone keep the cache that they had.

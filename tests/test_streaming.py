@@ -14,7 +14,7 @@ from tiny_models import tiny_config
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples import stream_a_billion
-from examples.benchmarks import benchmark_decoding
+from examples.benchmarks import benchmark_decoding, patched_decoding
 from modeling_longnet import LongNetForCausalLM
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
@@ -212,3 +212,8 @@ def test_the_decoding_benchmark_measures_all_sides():
     result = benchmark_decoding.main(arguments.split())
     assert len(result["decoding_seconds_per_token"]) == 5
     assert all(ratio > 0 for ratios in result["ratios"].values() for ratio in ratios.values())
+
+
+def test_the_benchmark_of_patched_decoding_measures_all_sides():
+    measured = list(patched_decoding.main("--rounds 1 --layers 1 --places 40".split()).values())[1:]
+    assert all(len(sides) == 5 for places in measured for sides in places.values())
