@@ -63,10 +63,10 @@ def case(segment_lengths, dilation_rates, length=56, heads=3, groups=None, queri
 
 # Name: (case, rows of queries and of keys in a tile). Every option, alone and with those that it meets in a kernel.
 CASES = {
-    "count, modulo": (case([16, 40], [1, 3]), (16, 32)),
-    "count, contiguous, a batch": (case([20, 50], [1, 3], length=50, heads=3, groups=1, batch=2,
+    "count, modulo": (case([16, 40], [1, 3], length=44), (16, 32)),
+    "count, contiguous, a batch": (case([20, 50], [1, 3], length=44, heads=3, groups=1, batch=2,
                                         head_offsets="contiguous"), (32, 16)),
-    "count, groups": (case([16, 64], [1, 4], heads=6, groups=2), (16, 16)),
+    "count, groups": (case([16, 64], [1, 2], heads=4, groups=2), (16, 16)),
     "count, contiguous groups": (case([20, 64], [1, 3], heads=4, groups=2, head_offsets="contiguous"), (16, 16)),
     "count, nothing selects some queries": (case([20, 64], [2, 4], heads=2), (16, 16)),
     "count, rates that divide nothing": (case([17, 41], [2, 5], heads=2, num_sink_tokens=3), (16, 16)),
@@ -81,7 +81,7 @@ CASES = {
     "once, contiguous, two earlier": (case([14, 28, 56], [1, 2, 4], overlap="once", head_offsets="contiguous",
                                            heads=2), (16, 16)),
     "sliding, count": (case([24, 64], [1, 4], local="sliding", heads=2), (16, 16)),
-    "sliding, once, sinks": (case([24, 48, 96], [1, 2, 4], length=70, heads=2, groups=1, local="sliding",
+    "sliding, once, sinks": (case([24, 48, 96], [1, 2, 4], length=60, heads=2, groups=1, local="sliding",
                                   overlap="once", num_sink_tokens=4), (16, 16)),
     "sliding, not nested": (case([24, 30, 64], [1, 2, 3], local="sliding", overlap="once", heads=2), (16, 32)),
     "chunk over past keys": (case([16, 32, 64], [1, 2, 4], queries=13, heads=4, groups=2, overlap="once",
@@ -91,7 +91,7 @@ CASES = {
     "documents": (case([16, 48], [1, 3], batch=2, heads=2, document_ids=DOCUMENTS, num_sink_tokens=2), (16, 16)),
     "documents, sliding, chunk": (case([16, 32], [1, 2], batch=2, heads=2, groups=1, queries=30, query_offset=20,
                                        document_ids=DOCUMENTS, local="sliding", overlap="once"), (16, 16)),
-    "documents, not all selected": (case([16, 48], [2, 3], batch=2, heads=2, document_ids=DOCUMENTS), (16, 16)),
+    "documents, not all selected": (case([16, 48], [2, 3], heads=2, document_ids=DOCUMENTS[:1]), (16, 16)),
     "a slice of the heads": (case([16, 64], [1, 5], heads=4, groups=2, head_index_offset=3, total_num_heads=9),
                              (16, 16)),
     "a slice of contiguous heads": (case([16, 64], [1, 5], heads=4, groups=2, head_index_offset=3, total_num_heads=9,
