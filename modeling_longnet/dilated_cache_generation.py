@@ -2,7 +2,8 @@
 
 from transformers.utils import logging
 
-from .dilated_cache import DilatedCache, dilated_layer_indices
+from .dilated_cache import DilatedCache
+from .dilated_cache_layer import dilated_layer_indices
 from .memory_store import refuse_rows_on_disk
 from .transformers_compat import CACHE, changes_frequencies, length_dependent_rope, text_config_of
 

@@ -10,15 +10,24 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_kernels import as_autocast, refuse_tangents
+from .attention_kernels import as_autocast, get_kernel, refuse_tangents
 from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
+from .token_attention import attend_token
 from .visible_attention import attend_visible
+
+
+def dilated_layer_indices(config) -> list[int]:
+    """The layers whose attention is dilated: all of a LongNet, the patched ones of a patched model."""
+    settings = getattr(config, "dilated_attention", None)
+    layers = range(config.num_hidden_layers)  # fewer than are patched while `generate` drafts with the first ones
+    return list(layers) if settings is None else [index for index in settings["layers"] if index in layers]
 
 
 @dataclass
@@ -74,9 +83,9 @@ def _same_phase(schedule: DilationSchedule, start: int) -> int:
 
 def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     """The rows of the batch that stand at one position and have no padding in this chunk."""
-    heads = {"head_index_offset": layout.head_index_offset, "total_num_heads": layout.total_num_heads}
+    settings = {"heads": layout.heads, "scale": scale, "backend": backend}
     if origin == 0:
-        return scheduled_attention(query, key, value, layout.schedule, **heads, scale=scale, backend=backend)
+        return scheduled_attention(query, key, value, layout.schedule, **settings)
     start = origin + key.shape[2] - query.shape[2]
     shift = _same_phase(layout.schedule, origin)
 
@@ -86,7 +95,7 @@ def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     buffer = (torch.cat(pair, dim=2) for pair in zip(slots, (key, value)))
     return attend_visible(
         query, *buffer, layout.schedule, locate,
-        query_start=start - shift, length=start - shift + query.shape[2], scale=scale, backend=backend, **heads,
+        query_start=start - shift, length=start - shift + query.shape[2], **settings,
     )  # fmt: skip
 
 
@@ -139,7 +148,7 @@ def read_layout_name(name: str) -> SlotLayout:
     """The layout that `layout_name` wrote."""
     fields = json.loads(name)
     schedule = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["schedule"].items()}
-    return SlotLayout(**{**fields, "schedule": DilationSchedule(**schedule)})
+    return SlotLayout(DilationSchedule(**schedule), Heads(**fields["heads"]), fields["max_length"])
 
 
 def _compiled_chunk(query, key, value, slots_key, slots_value, origins, pads, layout, scale, backend):
@@ -172,7 +181,7 @@ class DilatedLayer(CacheLayerMixin):
     """
 
     # Exporters walk through each `__dict__` as through a tree: what they would count twice, or cannot set, is in slots.
-    __slots__ = ("layout", "schedule", "seen", "tables")
+    __slots__ = ("heads", "layout", "schedule", "seen", "tables")
     is_croppable = True
     is_sliding = False
 
@@ -182,21 +191,25 @@ class DilatedLayer(CacheLayerMixin):
         self.max_length = max_length if max_length and max_length < max(schedule.segment_lengths) else None
         self.is_compileable = max_length is None  # else it may grow, as a DynamicCache does
         self.record_past = self.awaited = False
+        self.heads: Heads | None = None
         self.layout: SlotLayout | None = None
         self.place: tuple[str, str] | None = None  # layout and device, by name
         self.seen: torch.Tensor | None = None
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, head_index_offset: int = 0, total_num_heads=None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
     ) -> None:
-        groups, heads = key_states.shape[1], key_states.shape[1] * self.heads_per_key
-        layout = SlotLayout(self.schedule, heads, groups, head_index_offset, total_num_heads, self.max_length)
+        layout = SlotLayout(self.schedule, heads or self.heads_of(key_states.shape[1]), self.max_length)
         slots = [x.new_zeros(*x.shape[:2], layout.allocated, x.shape[-1]) for x in (key_states, value_states)]
         if not torch.compiler.is_compiling():
             for x in slots:
                 torch._dynamo.mark_static_address(x)
         self.continue_with(*slots, layout)
+
+    def heads_of(self, groups: int) -> Heads:
+        """All heads of a layer with so many key/value heads."""
+        return Heads(groups * self.heads_per_key, groups)
 
     def continue_with(self, keys: torch.Tensor, values: torch.Tensor, layout: SlotLayout) -> None:
         """Goes on with the slots [B, G, S, D] that another layer filled in this layout."""
@@ -206,7 +219,7 @@ class DilatedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _set_layout(self, layout: SlotLayout) -> None:
-        self.layout, self.tables = layout, layout.tables(self.device)
+        self.layout, self.heads, self.tables = layout, layout.heads, layout.tables(self.device)
         self.place = layout_name(layout), str(self.device)
 
     def grow(self, max_length: int) -> None:
@@ -227,13 +240,13 @@ class DilatedLayer(CacheLayerMixin):
         self.awaited = True
         return key_states, value_states
 
-    def admit(self, query, key, value, backend: str | None, head_index_offset: int, total_num_heads: int | None):
+    def admit(self, query, key, value, backend: str | None, heads: Heads | None):
         """Queries, keys and values in the dtype that they are attended in, once it is that of the slots."""
         self.awaited = False
         query, key, value = as_autocast(query, key, value)
         refuse_tangents(backend or "sdpa", query, key, value)  # what the slots keep has no derivative
         if not self.is_initialized:
-            self.lazy_initialization(key, value, head_index_offset, total_num_heads)
+            self.lazy_initialization(key, value, heads)
         if key.dtype != self.dtype:
             raise ValueError(
                 f"`cache` holds {self.dtype}, got {key.dtype}: go on in the dtype, and under the autocast, "
@@ -249,15 +262,17 @@ class DilatedLayer(CacheLayerMixin):
         return self._attend_chunk(step, query, key, value, scale, backend)
 
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
+        # Elsewhere to ask where a row stands would mean to wait, and a graph must hold wherever it stands.
+        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._decode_live(step, query, key, value, scale)
+
         def tables():
-            positions = step.first.to(self.device)
+            positions, targets = step.first.to(self.device), self._targets(step)
             live = self.layout.live(positions, self.tables)
-            targets = self.layout.targets(positions, self.tables)
             blind = None if self.schedule.selects_every_query else ~live.any(-1)
             if step.is_padded:
-                padding = step.new_pads.to(self.device) > 0
-                targets = torch.where(padding[:, None, None], self.layout.size, targets)
-                blind = padding[:, None].expand(live.shape[:2]) if blind is None else blind | padding[:, None]
+                padding = step.new_pads.to(self.device)[:, None] > 0
+                blind = padding.expand(live.shape[:2]) if blind is None else blind | padding
             bias = torch.zeros((), dtype=query.dtype, device=self.device).where(live, -torch.inf)
             return bias, targets, blind
 
@@ -269,6 +284,39 @@ class DilatedLayer(CacheLayerMixin):
         self.values[batch, head, targets] = value.detach()
         out = attend_slots(query, self.keys, self.values, bias, scale)
         return out if blind is None else out.masked_fill(blind[..., None, None], 0)
+
+    def _targets(self, step: Step) -> torch.Tensor:
+        """The slots [B, G, n] that take the rows of one token each; the one behind all others where none does."""
+        targets = self.layout.targets(step.first.to(self.device), self.tables)
+        if step.is_padded:
+            targets = targets.masked_fill(step.new_pads.to(self.device)[:, None, None] > 0, self.layout.size)
+        return targets
+
+    def _decode_live(self, step: Step, query, key, value, scale) -> torch.Tensor:
+        """The same, from those slots alone that each row's token sees."""
+
+        def plan():
+            targets = self._targets(step)
+            batch, head, index = (targets != self.layout.size).nonzero(as_tuple=True)
+            written = batch, head, targets[batch, head, index], torch.zeros_like(batch)
+            rows, pieces = 0, []
+            for place, alike in groupby(zip(step.first.tolist(), step.new_pads.tolist())):
+                count = len(list(alike))
+                if not place[1]:
+                    pieces.append((slice(rows, rows + count), self.layout.token_pieces(place[0])))
+                rows += count
+            return written, pieces
+
+        written, pieces = step.once("decoding", self.place, plan)
+        self._write(key, value, written)
+        lse_dtype = torch.promote_types(query.dtype, torch.float32)
+        out = torch.zeros_like(query, dtype=lse_dtype)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
+        kernel = get_kernel("sdpa", query)
+        for rows, own in pieces:
+            tensors = (x[rows] for x in (query, self.keys, self.values, out, lse))
+            attend_token(kernel, own, *tensors, scale)
+        return out.to(query.dtype)
 
     def _attend_chunk(self, step: Step, query, key, value, scale, backend) -> torch.Tensor:
         if self.recorded is not None:
@@ -284,28 +332,32 @@ class DilatedLayer(CacheLayerMixin):
             out = attend_chunk(query, key, value, (self.keys, self.values), self.layout, *places, scale, backend)
         if not self.record_past:
             columns = key.shape[2]
-            sources = step.once("sources", self.place, lambda: self._sources(step.origins, step.pads, columns))
-            self._write(key, value, sources)
+            written = step.once("written", self.place, lambda: self._sources(step.origins, step.pads, columns))
+            self._write(key, value, written)
         return out
 
-    def _sources(self, origins: torch.Tensor, pads: torch.Tensor, columns: int) -> torch.Tensor:
-        """Which of the new columns each slot takes, [B, G, S], -1 for none."""
+    def _sources(self, origins: torch.Tensor, pads: torch.Tensor, columns: int):
+        """Which of the new columns each slot takes: [B, G, S], -1 for none; eagerly as (row, head, slot, column)."""
         origins, pads = origins.to(self.device), pads.to(self.device)
         last = origins + columns - pads.clamp(max=columns) - 1
         sources = self.layout.sources(origins, last, self.tables)
-        return torch.where(sources < 0, -1, sources + (pads - origins)[:, None, None])
+        sources = torch.where(sources < 0, -1, sources + (pads - origins)[:, None, None])
+        if torch.compiler.is_compiling():
+            return sources
+        taken = (sources >= 0).nonzero(as_tuple=True)
+        return *taken, sources[taken]
 
     @torch.no_grad()
-    def _write(self, key: torch.Tensor, value: torch.Tensor, sources: torch.Tensor) -> None:
+    def _write(self, key: torch.Tensor, value: torch.Tensor, sources) -> None:
+        pairs = (self.keys, key), (self.values, value)
         if torch.compiler.is_compiling():
             taken, index = (sources >= 0)[..., None], sources.clamp(min=0)[..., None]
-            for slots, x in ((self.keys, key), (self.values, value)):
+            for slots, x in pairs:
                 slots.copy_(torch.where(taken, x.gather(2, index.expand(*index.shape[:3], x.shape[-1])), slots))
             return
-        batch, head, slot = (sources >= 0).nonzero(as_tuple=True)
-        column = sources[batch, head, slot]
-        self.keys[batch, head, slot] = key.detach()[batch, head, column]
-        self.values[batch, head, slot] = value.detach()[batch, head, column]
+        batch, head, slot, column = sources
+        for slots, x in pairs:  # detached: without a gradient to keep, the slots are only state
+            slots[batch, head, slot] = x.detach()[batch, head, column]
 
     def keep_recorded(self, columns: int, origins: torch.Tensor, pads: torch.Tensor) -> None:
         """The first `columns` of those that wait go into the slots, the others are forgotten; `Step` tells the rest."""

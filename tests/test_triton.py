@@ -118,10 +118,10 @@ def evaluate(function, one, tensors, grad, **options):
     return out.detach(), lse.detach(), *grads
 
 
-def check(one, tensors, grad, tolerance=1e-5):
+def check(one, tensors, grad, tolerance=1e-5, backend="triton"):
     """The kernels against the definition, the first in the dtype of the tensors and the second in float64."""
     wanted = evaluate(dilated_attention_reference, one, [x.double() for x in tensors], grad.double())
-    got = evaluate(dilated_attention, one, tensors, grad, backend="triton")
+    got = evaluate(dilated_attention, one, tensors, grad, backend=backend)
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
         assert x.shape == y.shape and torch.equal(torch.isinf(x), torch.isinf(y)), name
         finite = ~torch.isinf(y)
@@ -180,24 +180,24 @@ def far_apart(tensors: list[torch.Tensor], head_stride: int, token_stride: int) 
     return [storage.as_strided(x.shape, strides, place).copy_(x) for x, place in zip(tensors, places)]
 
 
-def check_far_addresses():
+def check_far_addresses(backend="triton"):
     """Heads, and then rows of a tile, that lie more than 2**31 elements from each other."""
     for one, strides in (
         (case([16, 32], [1, 2], length=20, heads=3), (2**30 + 64, 16)),
         (case([32], [1], length=12, heads=1), (16, 2**28 + 16)),
     ):
         *tensors, grad = far_apart(one.tensors(torch.float16), *strides)
-        check(one, tensors, grad, tolerance=3e-3)
+        check(one, tensors, grad, 3e-3, backend)
 
 
 only_interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: on a GPU it would need the memory")
 
 
-@needs_triton
 @only_interpreted
-def test_addresses_beyond_int32(tiles_of):
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "sdpa", "eager"])
+def test_addresses_beyond_int32(backend, tiles_of):
     tiles_of(16, 16)
-    check_far_addresses()
+    check_far_addresses(backend)
 
 
 # File, what stands there, what is planted in its place, and the case that must fail then (None: the far addresses).
@@ -369,7 +369,7 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-W", "ignore", "-m", "examples.benchmarks.triton_compile_check", "--arch", "90",
-               "--head_dim", "64", "--schedule", "once, sinks, window", "--output",
+               "--head-dim", "64", "--schedule", "once, sinks, window", "--output",
                str(tmp_path / "kernels.json")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -31,8 +31,9 @@ SCALES = {
         "shape": {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "window": 32},
         "text": {"context": 512, "rows": 4, "steps": 160, "learning_rate": 3e-3, "test_bytes": 32768},
         "recall": {
-            "grid": [[64, 4], [128, 8], [256, 16]], "test_grid": [[64, 4], [128, 8], [256, 16], [512, 24]],
-            "vocab_size": 64, "window": 8, "tokens_per_batch": 1024, "steps": 400, "learning_rate": 1e-2,
+            "grid": [[32, 2], [64, 4], [32, 2], [128, 8], [32, 2], [256, 16]],
+            "test_grid": [[64, 4], [128, 8], [256, 16], [512, 24]],
+            "vocab_size": 64, "window": 8, "tokens_per_batch": 1024, "steps": 300, "learning_rate": 1e-2,
         },
         "speed": {"seconds_per_text": 20},
     },
