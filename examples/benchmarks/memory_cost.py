@@ -17,7 +17,7 @@ from tqdm import tqdm
 from examples.measuring import in_turns
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from modeling_longnet.dilated_attention import dilated_attention
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
 from modeling_longnet.memory_pages import StoreFolder
 from modeling_longnet.memory_search import Ranking
@@ -41,7 +41,7 @@ def forward_ways(length: int) -> dict:
     """What to time, by name, for a text of so many tokens."""
     query, key, value = (torch.randn(1, n, length, WIDTH) for n in (HEADS, GROUPS, GROUPS))
     schedule = DilationSchedule(**SETTINGS, memory=MEMORY)
-    call = MemoryCall(Ranking(schedule, INV_FREQ), 0, HEADS, GROUPS, 0, None, WIDTH**-0.5, "sdpa")
+    call = MemoryCall(Ranking(schedule, INV_FREQ), 0, Heads(HEADS, GROUPS), WIDTH**-0.5, "sdpa")
     chosen = choose(call, query, key)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     return {
