@@ -201,6 +201,8 @@ def test_what_was_asked_is_not_asked_again(byte_model, tmp_path, monkeypatch):
     lines = (tmp_path / "x.md").read_text().splitlines()
     assert lines[0] == "| task | tokens | dense | with memory |" and len(lines) == 4
     assert json.loads((tmp_path / "x.json").read_text())["provenance"]["command"]
+    with pytest.raises(ValueError, match="haystack"):
+        needles.main([*arguments, "--trials", "2", "--haystack", "python-source"])
 
 
 def test_the_table_compares_forms_on_the_same_texts():

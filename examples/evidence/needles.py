@@ -160,7 +160,11 @@ def main(arguments: list[str] | None = None) -> dict:
     model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tasks = Tasks(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids, options.haystack)
-    records, origin = open_record(options.output)
+    settings = {
+        "model": Path(path).name, "adapter": options.adapter and Path(options.adapter).name,
+        "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS,
+    }  # fmt: skip
+    records, beside = open_record(options.output, settings)
     done = {(r["task"], r["length"], r["trial"], r["variant"]) for r in records}
     suffix = WITH_ADAPTER if options.adapter else ""
     # All forms read a text before the next one is made, and short texts come first: a stop leaves a fair comparison.
@@ -178,10 +182,7 @@ def main(arguments: list[str] | None = None) -> dict:
                     rows = measure(model, tokenizer, case, options.chunk_size)
                 key = {"variant": variant + suffix, "task": task, "length": length, "trial": trial}
                 records += [key | row for row in rows]
-                result = {
-                    **origin, "model": Path(path).name, "adapter": options.adapter,
-                    "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS, "records": records,
-                }  # fmt: skip
+                result = beside | {"records": records}
                 write_json(options.output, result)
                 bar.update()
     if len(result) > 1:

@@ -136,7 +136,9 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, value in SCALES[options.scale].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    rows, origin = open_record(options.output, "rows")
+    clock = "clock" if options.device == "cuda" else "processor"
+    settings = {"first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype, "time": clock}
+    rows, beside = open_record(options.output, settings, "rows")
     done, result = {(row["kind"], row["side"], row["tokens"]) for row in rows}, {"rows": rows}
     todo = [(k, s, n) for n in sorted(options.lengths) for k in options.kinds for s in SIDES if (k, s, n) not in done]
     for kind, side, length in tqdm(todo, unit="point"):
@@ -144,16 +146,12 @@ def main(arguments: list[str] | None = None) -> dict:
             continue
         torch.manual_seed(0)
         try:
-            seconds = seconds_of(
-                KINDS[kind](side, length, getattr(torch, options.dtype), options.device), options.device
-            )
+            run = KINDS[kind](side, length, getattr(torch, options.dtype), options.device)
+            seconds = seconds_of(run, options.device)
         except torch.OutOfMemoryError:
             seconds = None
         rows.append({"kind": kind, "side": side, "tokens": length, "seconds": seconds})
-        result = {
-            **origin, "first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype,
-            "time": "clock" if options.device == "cuda" else "processor", "rows": rows,
-        }  # fmt: skip
+        result = beside | {"rows": rows}
         write_json(options.output, result)
     if len(result) > 1:
         options.output.with_suffix(".md").write_text(table(rows, options.budget))
