@@ -98,7 +98,7 @@ $(VENV)/.installed-docs: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 # In an environment of its own: what the package and its extras resolve to today. PyTorch's builds for one kind of
-# machine are one version to all, and CUDA's libraries come with PyTorch.
+# machine are one version to all, and CUDA's libraries and Triton come with PyTorch.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'setuptools>=77' -e '.[dev,demo,docs]'

@@ -5,18 +5,16 @@ Letters: B batch, H query heads, G key/value heads, N tokens (of the keys), Q to
 
 import torch
 
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .document_ids import document_positions
 
 
 def attention_counts(
     schedule: DilationSchedule,
-    num_heads: int,
+    heads: Heads,
     document_ids: torch.Tensor,
     query_offset: int | torch.Tensor,
     query_length: int,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
     pair_mask: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,11 +34,10 @@ def attention_counts(
     length = visible.sum(-1)  # of the query's document, [B, Q]
     if schedule.is_causal:
         visible = visible & (k_pos <= q_pos)
-    counts = torch.zeros(len(document_ids), num_heads, query_length, document_ids.shape[1], device=device)
-    zeros = torch.zeros(len(document_ids), num_heads, query_length, device=device)
-    heads = range(head_index_offset, head_index_offset + num_heads)
+    counts = torch.zeros(len(document_ids), heads.num_heads, query_length, document_ids.shape[1], device=device)
+    zeros = torch.zeros(counts.shape[:3], device=device)
     for i, (w, r) in enumerate(schedule.patterns):
-        offsets = [schedule.offset(r, j, total_num_heads or num_heads) for j in heads]
+        offsets = [heads.offset(schedule, r, j) for j in range(heads.num_heads)]
         offset = torch.tensor(offsets, device=device)[:, None, None]
         selects = (position % w % r)[:, None, None] == offset  # [B, H, 1, N]
         selected_query = selects[:, :, 0, rows, None]  # [B, H, Q, 1]
@@ -74,15 +71,15 @@ def attend_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [B, H, Q, D] and attention weights [B, H, Q, N] in the dtype of the inputs; the arguments are those of
     `dilated_attention` and `attention_counts`."""
-    (batch, num_heads, query_length, _), length = query.shape, key.shape[2]
+    (batch, _, query_length, _), length, heads = query.shape, key.shape[2], Heads.of(query, key)
     if document_ids is None:
         document_ids = query.new_zeros(batch, length, dtype=torch.long)
     offset = length - query_length if query_offset is None else query_offset
     counts, zeros = attention_counts(
-        schedule, num_heads, document_ids, offset, query_length, pair_mask=pair_mask, position=position
+        schedule, heads, document_ids, offset, query_length, pair_mask=pair_mask, position=position
     )
     counts, zeros = counts.to(query.dtype), zeros.to(query.dtype)
-    key, value = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key, value))
+    key, value = (x.repeat_interleave(heads.per_group, dim=1) for x in (key, value))
     scores = (query @ key.mT * scale).masked_fill(counts == 0, -torch.inf)
     # The zero keys have logit 0, so the maximum is at least that; a query that sees nothing gets a finite one as well.
     maximum = torch.where(zeros > 0, scores.amax(-1).clamp(min=0), scores.amax(-1)).detach()

@@ -17,7 +17,7 @@ from torch import nn
 from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
 from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
 from .dilation_plan import plan_blocks
-from .dilation_schedule import LARGEST, DilationSchedule, as_integer
+from .dilation_schedule import LARGEST, DilationSchedule, Heads, as_integer
 from .document_ids import document_positions
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
@@ -47,19 +47,16 @@ def find_runs(document_ids: torch.Tensor | None, batch: int, length: int) -> lis
     return [(slice(row, row + 1), *run) for row in range(batch) for run in runs[row]]
 
 
-def _pieces(query, key, document_ids, query_offset, schedule, head_index_offset, total_num_heads, plan=plan_blocks):
+def _pieces(query, key, document_ids, query_offset, schedule, heads, plan=plan_blocks):
     """Per document: rows of the batch, its queries as a slice of Q, its keys as a slice of N, its plan of blocks."""
-    (_, num_heads, query_length, _), (batch, num_kv_heads, length, _) = query.shape, key.shape
+    query_length, (batch, _, length, _) = query.shape[2], key.shape
     for rows, start, stop in find_runs(document_ids, batch, length):
         first, last = max(start, query_offset), min(stop, query_offset + query_length)
         if first >= last:
             continue
         reach = last if schedule.is_causal else stop
-        blocks = plan(
-            schedule, num_heads, num_kv_heads, first - start, last - start, reach - start, head_index_offset,
-            total_num_heads,
-        )  # fmt: skip
-        yield rows, slice(first - query_offset, last - query_offset), slice(start, reach), first - start, blocks
+        planned = plan(schedule, heads, first - start, last - start, reach - start)
+        yield rows, slice(first - query_offset, last - query_offset), slice(start, reach), first - start, planned
 
 
 def _empty_out(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,17 +73,17 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
         query_offset = int(offset_tensor)
     out, lse = _empty_out(query)
     if backend == "triton":
-        settings = (document_ids, query_offset, schedule, *_heads(heads), scale)
+        settings = (document_ids, query_offset, schedule, Heads.of(query, key, *heads), scale)
         triton_forward(TritonCall(query, key, value, *settings), out, lse)
         return out, lse
     # Half precisions are mixed in float32: rounding between patterns would cost what the kernels took care to keep.
     mixed = out if query.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
     mixed.zero_()
     lse.fill_(-torch.inf)
-    kernel = get_kernel(backend, query)
+    kernel, heads = get_kernel(backend, query), Heads.of(query, key, *heads)
     is_single = query.shape[2] == 1 and schedule.padding == "mask"
     plan = plan_token if is_single else plan_blocks
-    for rows, q, k, start, planned in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads), plan):
+    for rows, q, k, start, planned in _pieces(query, key, document_ids, query_offset, schedule, heads, plan):
         tensors = query, key, value, mixed, lse
         if not is_single or (rows, k) != (slice(0, len(query)), slice(0, key.shape[2])):  # slicing takes its time
             tensors = query[rows, :, q], key[rows, :, k], value[rows, :, k], mixed[rows, :, q], lse[rows, :, q]
@@ -106,21 +103,17 @@ def _backward(
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
     if backend == "triton":
-        settings = (document_ids, query_offset, schedule, *_heads(heads), scale)
+        settings = (document_ids, query_offset, schedule, Heads.of(query, key, *heads), scale)
         return triton_backward(TritonCall(query, key, value, *settings), grad, out, lse)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
-    kernel = get_kernel(backend, query)
-    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *_heads(heads)):
+    kernel, heads = get_kernel(backend, query), Heads.of(query, key, *heads)
+    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, heads):
         own_grad, own_query, own_out, own_lse, query_grad = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
         own_key, own_value, *key_grads = (x[rows, :, k] for x in (key, value, *grads[1:]))
         PlannedAttention(kernel, blocks, start, scale).backward(
             own_grad, own_query, own_key, own_value, own_out, own_lse, (query_grad, *key_grads)
         )
     return tuple(g.to(query.dtype) for g in grads)
-
-
-def _heads(heads: list[int]) -> tuple[int, int | None]:
-    return heads[0], heads[1] or None
 
 
 # Opaque to torch.compile, which would otherwise unroll every block. The name holds the module's own: code loaded from
@@ -176,7 +169,7 @@ def _eager(query, key, value, document_ids, query_offset, schedule, heads, scale
     """The same blocks in plain differentiable operations."""
     out = connected_zeros(query)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, *heads):
+    for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, heads):
         plan = PlannedAttention(None, blocks, start, scale)
         piece = attend_blocks_eager(plan, query[rows, :, q], key[rows, :, k], value[rows, :, k], dropout)
         if len(query) == rows.stop - rows.start and query.shape[2] == q.stop - q.start:
@@ -191,17 +184,19 @@ def _as_integers(*values: object) -> list[object]:
     return [x if isinstance(x, kept) or as_integer(x) is None else as_integer(x) for x in values]
 
 
-def _check_types(query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads):
+def _check_integer(name: str, value: object, may_miss: bool) -> None:
+    if not isinstance(value, (int, torch.SymInt)) and not (value is None and may_miss):
+        raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+
+
+def _check_types(query, key, value, document_ids, query_offset, scale, dropout):
     for name, x, may_miss in (("query", query, False), ("key", key, False), ("value", value, False),
                               ("document_ids", document_ids, True)):  # fmt: skip
         if not isinstance(x, torch.Tensor) and not (x is None and may_miss):
             raise ValueError(f"`{name}` must be a tensor, got {x!r}.")
-    for name, x in (("query_offset", query_offset), ("head_index_offset", head_index_offset),
-                    ("total_num_heads", total_num_heads)):  # fmt: skip
-        if isinstance(x, torch.Tensor) and name == "query_offset" and x.numel() == 1 and not x.is_floating_point():
-            continue
-        if not isinstance(x, (int, torch.SymInt)) and (x is not None or name == "head_index_offset"):
-            raise ValueError(f"`{name}` must be an integer, got {x!r}.")
+    is_element = isinstance(query_offset, torch.Tensor) and query_offset.numel() == 1
+    if not (is_element and not query_offset.is_floating_point()):
+        _check_integer("query_offset", query_offset, may_miss=True)
     for name, x in (("scale", scale), ("dropout", dropout)):
         if not isinstance(x, (numbers.Real, torch.SymFloat)) and (x is not None or name == "dropout"):
             raise ValueError(f"`{name}` must be a number, got {x!r}.")
@@ -209,7 +204,7 @@ def _check_types(query, key, value, document_ids, query_offset, scale, dropout, 
             raise ValueError(f"`{name}` must be a finite number, got {x!r}.")
 
 
-def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads):
+def _check_tensors(query, key, value, document_ids, query_offset, dropout):
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
@@ -239,29 +234,36 @@ def _check_tensors(query, key, value, document_ids, query_offset, dropout, head_
         )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"`dropout` must be at least 0 and below 1, got {dropout}.")
-    total = query.shape[1] if total_num_heads is None else total_num_heads
-    end = head_index_offset + query.shape[1]
-    if head_index_offset < 0 or end > LARGEST or total > LARGEST or end > total and total_num_heads is not None:
+
+
+def _place_heads(query, key, first: int, total: int | None) -> Heads | None:
+    """The heads of a call with `head_index_offset` and `total_num_heads`; None for tensors that have none, which
+    `scheduled_attention` refuses."""
+    first, total = _as_integers(first, total)
+    _check_integer("head_index_offset", first, may_miss=False)
+    _check_integer("total_num_heads", total, may_miss=True)
+    if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key)):
+        return None
+    end = first + query.shape[1]
+    if first < 0 or max(end, total or 0) > LARGEST or total is not None and end > total:
         raise ValueError(
-            f"`head_index_offset` must place {query.shape[1]} heads among `total_num_heads`, got {head_index_offset} "
-            f"and {total_num_heads}."
+            f"`head_index_offset` must place {query.shape[1]} heads among `total_num_heads`, got {first} and {total}."
         )
+    return Heads.of(query, key, first, total)
 
 
 def scheduled_attention(
     query, key, value, schedule: DilationSchedule, *, scale=None, inv_freq=None, basis=None, dropout=0.0,
-    head_index_offset=0, total_num_heads=None, document_ids=None, query_offset=None, backend=None, return_lse=False,
-    elsewhere=None,
+    heads: Heads | None = None, document_ids=None, query_offset=None, backend=None, return_lse=False, elsewhere=None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """[`dilated_attention`] by a schedule that was made and checked before: what models call."""
-    query_offset, head_index_offset, total_num_heads = _as_integers(query_offset, head_index_offset, total_num_heads)
-    _check_types(
-        query, key, value, document_ids, query_offset, scale, dropout, head_index_offset, total_num_heads
-    )  # fmt: skip
+    (query_offset,) = _as_integers(query_offset)
+    _check_types(query, key, value, document_ids, query_offset, scale, dropout)
     query, key, value = as_autocast(query, key, value)
     if query_offset is None:
         query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
-    _check_tensors(query, key, value, document_ids, query_offset, dropout, head_index_offset, total_num_heads)
+    _check_tensors(query, key, value, document_ids, query_offset, dropout)
+    heads = Heads.of(query, key) if heads is None else heads
     backend = choose_backend(backend, query, dropout)
     if backend != "eager":
         refuse_tangents(backend, query, key, value)
@@ -273,15 +275,13 @@ def scheduled_attention(
             raise ValueError("`memory` does not read keys that lie on other ranks: no sequence parallelism yet.")
         out, lse = attend_documents(
             query, key, value, schedule, find_runs(document_ids, *key.shape[:3:2]), int(query_offset), scale=scale,
-            backend=backend, head_index_offset=head_index_offset, total_num_heads=total_num_heads, inv_freq=inv_freq,
-            basis=basis, dropout=dropout,
+            backend=backend, heads=heads, inv_freq=inv_freq, basis=basis, dropout=dropout,
         )  # fmt: skip
         return (out, lse) if return_lse else out
     if elsewhere is not None:
         settings = {"scale": scale, "dropout": dropout, "backend": backend, "return_lse": return_lse}
-        return elsewhere(query, key, value, schedule, head_index_offset, total_num_heads, **settings)
+        return elsewhere(query, key, value, schedule, heads, **settings)
     if backend == "eager":
-        heads = (head_index_offset, total_num_heads)
         out, lse = _eager(query, key, value, document_ids, int(query_offset), schedule, heads, scale, dropout)
     else:
         offset_tensor = query_offset if isinstance(query_offset, torch.Tensor) else None
@@ -291,7 +291,7 @@ def scheduled_attention(
         run = _forward if is_plain and not wants_grad else _forward_op
         out, lse = run(
             query, key, value, document_ids, offset_tensor, 0 if offset_tensor is not None else query_offset,
-            [head_index_offset, total_num_heads or 0], schedule.to_text(), scale, backend,
+            [heads.first, heads.total or heads.num_heads], schedule.to_text(), scale, backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -367,7 +367,7 @@ def dilated_attention(
     )  # fmt: skip
     return scheduled_attention(
         query, key, value, schedule, scale=scale, inv_freq=inv_freq, basis=basis, dropout=dropout,
-        head_index_offset=head_index_offset, total_num_heads=total_num_heads, document_ids=document_ids,
+        heads=_place_heads(query, key, head_index_offset, total_num_heads), document_ids=document_ids,
         query_offset=query_offset, backend=backend, return_lse=return_lse, elsewhere=elsewhere,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import DilatedLayer, Step, dilated_layer_indices
 from .dilated_memory_layer import MemoryLayer
-from .dilation_schedule import DilationSchedule, as_integer
+from .dilation_schedule import DilationSchedule, Heads, as_integer
 from .document_ids import Documents, find_documents, order_of_padding_behind, restore_order
 from .memory_store import open_store
 from .transformers_compat import (
@@ -221,8 +221,7 @@ class DilatedCache(DynamicCache):
         scale: float,
         dropout: float = 0.0,
         backend: str | None = None,
-        head_index_offset: int = 0,
-        total_num_heads: int | None = None,
+        heads: Heads | None = None,
     ) -> torch.Tensor:
         """Attention of Q new tokens in one layer, whose rows are then kept as far as later ones can reach them.
 
@@ -246,7 +245,7 @@ class DilatedCache(DynamicCache):
         is_first = layer is self.dilated_layers[0]
         if is_first and not torch.compiler.is_compiling():
             self._check_model(config)
-        query, key, value = layer.admit(query, key, value, backend, head_index_offset, total_num_heads)
+        query, key, value = layer.admit(query, key, value, backend, heads)
         if is_first:
             self._begin(query, ids)
         out = layer.attend(self.step, query, key, value, scale, backend)
@@ -275,12 +274,11 @@ class DilatedCache(DynamicCache):
                 "earlier tokens would belong to: pass `cache=DynamicCache(config=model.config)`."
             )
         total = module.config.num_attention_heads
-        heads = {name: kwargs[name] for name in ("head_index_offset", "total_num_heads") if name in kwargs}
-        if heads.get("total_num_heads") is None and query.shape[1] != total:
+        if kwargs.get("heads") is None and query.shape[1] != total:
             raise ValueError(f"a bounded cache must know which of {total} heads these are, got {query.shape[1]}.")
         out = self.attend(
             module.layer_idx, query, key, value, attention_mask, config=module.config, scale=scaling, dropout=dropout,
-            backend=attention_of(module.config), **heads,
+            backend=attention_of(module.config), heads=kwargs.get("heads"),
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 

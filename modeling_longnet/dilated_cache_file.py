@@ -51,10 +51,6 @@ def _config_hash(config) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _first_head(layer) -> int:
-    return layer.head_index_offset if layer.layout is None else layer.layout.head_index_offset
-
-
 def _schedule_text(config) -> str:
     return json.dumps(DilationSchedule.from_config(config).as_arguments())
 
@@ -65,7 +61,7 @@ def _check_complete(cache: DilatedCache) -> None:
         raise ValueError("`cache` must have seen a token before it can be saved.")
     if cache.step is not None or cache.waiting:
         raise ValueError("`cache` is in the middle of a forward, or waits for a `crop`: it cannot be saved now.")
-    if len(layers) < len(cache.layers) or any(_first_head(layer) for layer in layers):
+    if len(layers) < len(cache.layers) or any(layer.heads.first for layer in layers):
         raise ValueError("`cache` has layers that are not bounded, or only some of the heads: it cannot be saved.")
     if any(isinstance(getattr(layer, "store", None), BankedStore) for layer in layers):
         raise ValueError("`cache` begins with a bank, which it does not own: it cannot be saved.")

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .attention_kernels import as_autocast, get_kernel, refuse_tangents
 from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .token_attention import attend_token
 from .visible_attention import attend_visible
 
@@ -83,9 +83,9 @@ def _same_phase(schedule: DilationSchedule, start: int) -> int:
 
 def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     """The rows of the batch that stand at one position and have no padding in this chunk."""
-    heads = {"head_index_offset": layout.head_index_offset, "total_num_heads": layout.total_num_heads}
+    settings = {"heads": layout.heads, "scale": scale, "backend": backend}
     if origin == 0:
-        return scheduled_attention(query, key, value, layout.schedule, **heads, scale=scale, backend=backend)
+        return scheduled_attention(query, key, value, layout.schedule, **settings)
     start = origin + key.shape[2] - query.shape[2]
     shift = _same_phase(layout.schedule, origin)
 
@@ -95,7 +95,7 @@ def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     buffer = (torch.cat(pair, dim=2) for pair in zip(slots, (key, value)))
     return attend_visible(
         query, *buffer, layout.schedule, locate,
-        query_start=start - shift, length=start - shift + query.shape[2], scale=scale, backend=backend, **heads,
+        query_start=start - shift, length=start - shift + query.shape[2], **settings,
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def read_layout_name(name: str) -> SlotLayout:
     """The layout that `layout_name` wrote."""
     fields = json.loads(name)
     schedule = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["schedule"].items()}
-    return SlotLayout(**{**fields, "schedule": DilationSchedule(**schedule)})
+    return SlotLayout(DilationSchedule(**schedule), Heads(**fields["heads"]), fields["max_length"])
 
 
 def _compiled_chunk(query, key, value, slots_key, slots_value, origins, pads, layout, scale, backend):
@@ -181,7 +181,7 @@ class DilatedLayer(CacheLayerMixin):
     """
 
     # Exporters walk through each `__dict__` as through a tree: what they would count twice, or cannot set, is in slots.
-    __slots__ = ("layout", "schedule", "seen", "tables")
+    __slots__ = ("heads", "layout", "schedule", "seen", "tables")
     is_croppable = True
     is_sliding = False
 
@@ -191,21 +191,25 @@ class DilatedLayer(CacheLayerMixin):
         self.max_length = max_length if max_length and max_length < max(schedule.segment_lengths) else None
         self.is_compileable = max_length is None  # else it may grow, as a DynamicCache does
         self.record_past = self.awaited = False
+        self.heads: Heads | None = None
         self.layout: SlotLayout | None = None
         self.place: tuple[str, str] | None = None  # layout and device, by name
         self.seen: torch.Tensor | None = None
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, head_index_offset: int = 0, total_num_heads=None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
     ) -> None:
-        groups, heads = key_states.shape[1], key_states.shape[1] * self.heads_per_key
-        layout = SlotLayout(self.schedule, heads, groups, head_index_offset, total_num_heads, self.max_length)
+        layout = SlotLayout(self.schedule, heads or self.heads_of(key_states.shape[1]), self.max_length)
         slots = [x.new_zeros(*x.shape[:2], layout.allocated, x.shape[-1]) for x in (key_states, value_states)]
         if not torch.compiler.is_compiling():
             for x in slots:
                 torch._dynamo.mark_static_address(x)
         self.continue_with(*slots, layout)
+
+    def heads_of(self, groups: int) -> Heads:
+        """All heads of a layer with so many key/value heads."""
+        return Heads(groups * self.heads_per_key, groups)
 
     def continue_with(self, keys: torch.Tensor, values: torch.Tensor, layout: SlotLayout) -> None:
         """Goes on with the slots [B, G, S, D] that another layer filled in this layout."""
@@ -215,7 +219,7 @@ class DilatedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _set_layout(self, layout: SlotLayout) -> None:
-        self.layout, self.tables = layout, layout.tables(self.device)
+        self.layout, self.heads, self.tables = layout, layout.heads, layout.tables(self.device)
         self.place = layout_name(layout), str(self.device)
 
     def grow(self, max_length: int) -> None:
@@ -236,13 +240,13 @@ class DilatedLayer(CacheLayerMixin):
         self.awaited = True
         return key_states, value_states
 
-    def admit(self, query, key, value, backend: str | None, head_index_offset: int, total_num_heads: int | None):
+    def admit(self, query, key, value, backend: str | None, heads: Heads | None):
         """Queries, keys and values in the dtype that they are attended in, once it is that of the slots."""
         self.awaited = False
         query, key, value = as_autocast(query, key, value)
         refuse_tangents(backend or "sdpa", query, key, value)  # what the slots keep has no derivative
         if not self.is_initialized:
-            self.lazy_initialization(key, value, head_index_offset, total_num_heads)
+            self.lazy_initialization(key, value, heads)
         if key.dtype != self.dtype:
             raise ValueError(
                 f"`cache` holds {self.dtype}, got {key.dtype}: go on in the dtype, and under the autocast, "

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from .dilation_plan import SINKS, Block, Rows, plan_blocks
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .token_attention import Piece, join_blocks
 
 
@@ -60,16 +60,12 @@ class SlotLayout:
 
     Args:
         schedule: causal.
-        num_heads, num_kv_heads: H and G of this layer (of this rank).
-        head_index_offset, total_num_heads: global numbering of the heads, as in `dilated_attention`.
+        heads: of this layer, or of this rank's slice of it.
         max_length: no position will reach this, so longer segments need no more slots; None for no bound.
     """
 
     schedule: DilationSchedule
-    num_heads: int
-    num_kv_heads: int
-    head_index_offset: int = 0
-    total_num_heads: int | None = None
+    heads: Heads
     max_length: int | None = None
 
     def __post_init__(self):
@@ -77,13 +73,12 @@ class SlotLayout:
             raise ValueError("`schedule` of a bounded cache must be causal, got is_causal=False.")
 
     def _offset(self, pattern: int, head: int) -> int:
-        rate = self.schedule.dilation_rates[pattern]
-        return self.schedule.offset(rate, head + self.head_index_offset, self.total_num_heads or self.num_heads)
+        return self.heads.offset(self.schedule, self.schedule.dilation_rates[pattern], head)
 
     def _class(self, pattern: int, head: int, classes: int) -> int:
         """Distinct for the offsets of one key/value head, and the same for all heads of one block of the plan."""
         if self.schedule.head_offsets == "modulo":
-            return head % (self.num_heads // self.num_kv_heads) % self.schedule.dilation_rates[pattern]
+            return head % self.heads.per_group % self.schedule.dilation_rates[pattern]
         return self._offset(pattern, head) % classes
 
     def _bounded(self, length: int) -> int:
@@ -96,12 +91,12 @@ class SlotLayout:
 
     @cached_property
     def patterns(self) -> tuple[PatternSlots, ...]:
-        per_group = self.num_heads // self.num_kv_heads
+        per_group = self.heads.per_group
         base = self.schedule.num_sink_tokens + self.window_slots
         slots = []
         for i in range(bool(self.schedule.window), len(self.schedule.patterns)):
             w, r = self.schedule.patterns[i]
-            groups = [range(g * per_group, (g + 1) * per_group) for g in range(self.num_kv_heads)]
+            groups = [range(g * per_group, (g + 1) * per_group) for g in range(self.heads.num_kv_heads)]
             classes = max(len({self._offset(i, j) for j in heads}) for heads in groups)
             slots.append(PatternSlots(i, w, r, base, classes, -(-self._bounded(w) // r)))
             base += classes * slots[-1].rows
@@ -126,7 +121,7 @@ class SlotLayout:
         """Which slots the queries at `positions` [B] see, bool [B, H, allocated]; their own rows are written before."""
         schedule, device = self.schedule, positions.device
         p = positions[:, None]
-        shape = (len(positions), self.num_heads, -1)
+        shape = (len(positions), self.heads.num_heads, -1)
         parts = []
         if schedule.num_sink_tokens:
             sinks = torch.arange(schedule.num_sink_tokens, device=device) <= p
@@ -169,7 +164,7 @@ class SlotLayout:
     def targets(self, positions: torch.Tensor, tables: tuple[PatternTables, ...]) -> torch.Tensor:
         """The slots [B, G, n] that take the row of `positions` [B]; `size` where a pattern does not select it."""
         schedule, p = self.schedule, positions[:, None, None]
-        shape = (len(positions), self.num_kv_heads, -1)
+        shape = (len(positions), self.heads.num_kv_heads, -1)
         parts = []
         if schedule.num_sink_tokens:
             parts.append(torch.where(p < schedule.num_sink_tokens, p, self.size).expand(shape))
@@ -187,7 +182,7 @@ class SlotLayout:
         """Which of the positions [first, last] (both [B]) each slot takes, [B, G, allocated]; -1 for none."""
         schedule, device = self.schedule, first.device
         first, last = first[:, None, None], last[:, None, None]
-        shape = (len(first), self.num_kv_heads, -1)
+        shape = (len(first), self.heads.num_kv_heads, -1)
         parts = []
         if schedule.num_sink_tokens:
             held = torch.arange(schedule.num_sink_tokens, device=device)
@@ -229,8 +224,7 @@ class SlotLayout:
 
     def token_pieces(self, position: int) -> tuple[Piece, ...]:
         """What the query at `position` sees, as rows of the slots, its own row written."""
-        heads = self.num_heads, self.num_kv_heads, position, position + 1, position + 1
-        blocks = plan_blocks(self.schedule, *heads, self.head_index_offset, self.total_num_heads)
+        blocks = plan_blocks(self.schedule, self.heads, position, position + 1, position + 1)
         # In the first segment the sink tokens stand in the slots of pattern 0 too, before what is read there.
         doubled = position < self.schedule.segment_lengths[0] and self.schedule.dilation_rates[0] == 1
         return join_blocks((replace(b, pattern=0) if doubled and b.pattern == SINKS else b for b in blocks), self._rows)
@@ -248,13 +242,12 @@ class SlotLayout:
 
 @lru_cache(maxsize=64)
 def _tables(layout: SlotLayout, device: torch.device) -> tuple[PatternTables, ...]:
-    tables, per_group = [], layout.num_heads // layout.num_kv_heads
-    heads = torch.arange(layout.num_heads)
+    tables, heads = [], torch.arange(layout.heads.num_heads)
     for slots in layout.patterns:
         offsets = torch.tensor([layout._offset(slots.index, j) for j in heads.tolist()])
         classes = torch.tensor([layout._class(slots.index, j, slots.classes) for j in heads.tolist()])
-        class_offsets = torch.full((layout.num_kv_heads, slots.classes), -1)
-        class_offsets[heads // per_group, classes] = offsets
+        class_offsets = torch.full((layout.heads.num_kv_heads, slots.classes), -1)
+        class_offsets[heads // layout.heads.per_group, classes] = offsets
         row = slots.r * torch.arange(slots.rows)
         rows, class_rows = offsets[:, None] + row, class_offsets[..., None] + row
         class_rows = class_rows.masked_fill((class_offsets < 0)[..., None] | (class_rows >= slots.w), NOWHERE)

@@ -13,6 +13,7 @@ import torch
 
 from .attention_kernels import choose_backend
 from .dilated_cache_layer import DilatedLayer, Step
+from .dilation_schedule import Heads
 from .memory_attention import MemoryCall, attend_memory, attend_stored, choose_indexed
 from .memory_pages import StoreFolder
 from .memory_positions import anchor
@@ -28,25 +29,23 @@ class MemoryLayer(DilatedLayer):
         super().__init__(*args)
         self.is_compileable = False
         self.kind, self.folder = kind, folder
-        self.head_index_offset, self.total_num_heads = 0, None
         self.store: Store | None = None
         self.ranking: Ranking | None = None
         self.position_ids: torch.Tensor | None = None  # of the new tokens, [B, Q]; whoever attends may tell them before
 
     def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, head_index_offset: int = 0, total_num_heads=None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
     ) -> None:
-        self.head_index_offset, self.total_num_heads = head_index_offset, total_num_heads
-        batch, groups, _, width = key_states.shape
-        size = self.schedule.memory.block_size
+        (batch, groups, _, width), size = key_states.shape, self.schedule.memory.block_size
+        self.heads = heads or self.heads_of(groups)
         shape = Shape(batch, groups, width, key_states.dtype, key_states.device, size)
         self.begin_with(make_store(self.kind, shape, self.folder, self.layer_idx))
 
     def begin_with(self, store: Store) -> None:
         """Goes on with what a store holds."""
         self.store, shape = store, store.shape
-        self.dtype, self.device = shape.dtype, shape.device
-        self.batch_size, self.num_kv_heads = shape.batch, shape.groups
+        self.dtype, self.device, self.batch_size = shape.dtype, shape.device, shape.batch
+        self.heads = self.heads or self.heads_of(shape.groups)
         self.is_initialized = True
 
     def grow(self, max_length: int) -> None:
@@ -66,7 +65,7 @@ class MemoryLayer(DilatedLayer):
                 self._append(own, first, key[own], value[own])
         position = step.first.to(query.device)
         indices = (self.store.ranked(name, slice(None)) for name in ("index", "far"))
-        return attend_step(self.ranking, query, self.store.gather, self.num_kv_heads, *indices, position, scale)
+        return attend_step(self.ranking, query, self.store.gather, self.heads.num_kv_heads, *indices, position, scale)
 
     def _prepare(self, step: Step) -> None:
         if torch.compiler.is_compiling():
@@ -90,10 +89,7 @@ class MemoryLayer(DilatedLayer):
             if pad == columns:
                 outs.append(torch.zeros_like(query[row]))
                 continue
-            call = MemoryCall(
-                self.ranking, first, query.shape[1], self.num_kv_heads, self.head_index_offset, self.total_num_heads,
-                scale, choose_backend(backend, query, 0.0),
-            )  # fmt: skip
+            call = MemoryCall(self.ranking, first, self.heads, scale, choose_backend(backend, query, 0.0))
             new = key[row, :, pad:], value[row, :, pad:]
             out = self._attend_rows(call, row, query[row, :, pad:], *new, wants_grad)
             outs.append(torch.nn.functional.pad(out, (0, 0, pad, 0)))

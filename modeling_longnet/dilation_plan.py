@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 
 
 SINKS = -1  # pattern index of the blocks that hold the sink tokens
@@ -263,47 +263,36 @@ def _progression(values: list[int]) -> slice:
     return slice(values[0], values[-1] + 1, step)
 
 
-def _head_groups(schedule, patterns, num_heads, num_kv_heads, head_index_offset, total_num_heads):
+def _head_groups(schedule: DilationSchedule, patterns: range, heads: Heads):
     """Heads with the same offsets in `patterns` whose key/value heads are equally spaced: no copy is ever needed."""
-    per_group = num_heads // num_kv_heads
     members = defaultdict(list)
-    for j in range(num_heads):
-        offsets = tuple(
-            schedule.offset(schedule.dilation_rates[i], j + head_index_offset, total_num_heads) for i in patterns
-        )
-        members[offsets, j % per_group].append(j)
-    for (offsets, _), heads in members.items():
-        yield offsets, _progression(heads), _progression([j // per_group for j in heads])
+    for j in range(heads.num_heads):
+        offsets = tuple(heads.offset(schedule, schedule.dilation_rates[i], j) for i in patterns)
+        members[offsets, j % heads.per_group].append(j)
+    for (offsets, _), alike in members.items():
+        yield offsets, _progression(alike), _progression([j // heads.per_group for j in alike])
 
 
 @lru_cache(maxsize=512)
 def plan_blocks(
-    schedule: DilationSchedule,
-    num_heads: int,
-    num_kv_heads: int,
-    query_start: int,
-    query_stop: int,
-    length: int,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
+    schedule: DilationSchedule, heads: Heads, query_start: int, query_stop: int, length: int
 ) -> tuple[Block, ...]:
     """The blocks of one document, queries at positions [query_start, query_stop), keys at positions [0, length).
 
     Every (query, key) pair that the definition counts m times lies in exactly m blocks. Pattern 0 comes first.
     """
     planner = _Planner(schedule, (query_start, query_stop), length)
-    layout = (num_heads, num_kv_heads, head_index_offset, total_num_heads or num_heads)
     blocks = []
     for i in range(len(schedule.patterns)):
         relevant = range(i + 1) if schedule.overlap == "once" else range(i, i + 1)
         runs = {}
-        for offsets, heads, kv_heads in _head_groups(schedule, relevant, *layout):
+        for offsets, own, kv_heads in _head_groups(schedule, relevant, heads):
             if offsets not in runs:
                 runs[offsets] = list(planner.runs(i, offsets))
             for region, repeats, stride, fresh in runs[offsets]:
-                blocks.append(Block(i, offsets[-1], heads, kv_heads, region, repeats, stride, fresh))
+                blocks.append(Block(i, offsets[-1], own, kv_heads, region, repeats, stride, fresh))
     if schedule.num_sink_tokens:
-        for _, heads, kv_heads in _head_groups(schedule, (), *layout):
+        for _, own, kv_heads in _head_groups(schedule, range(0), heads):
             for region in planner.sink_regions():
-                blocks.append(Block(SINKS, 0, heads, kv_heads, region, 1, 0, False))
+                blocks.append(Block(SINKS, 0, own, kv_heads, region, 1, 0, False))
     return tuple(blocks)

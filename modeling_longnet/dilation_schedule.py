@@ -68,6 +68,30 @@ def _checked(told: str, names: tuple[str, ...], *values) -> "DilationSchedule":
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The H query and G key/value heads of a call. Its first query head is number `first` of the layer's `total` ones,
+    where it has a slice of them: the offsets follow the numbers in the layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    first: int = 0
+    total: int | None = None
+
+    @classmethod
+    def of(cls, query, key, first: int = 0, total: int | None = None) -> "Heads":
+        """Those of query [B, H, Q, D] and key [B, G, N, D]."""
+        return cls(query.shape[1], key.shape[1], first, query.shape[1] if total is None else total)
+
+    @property
+    def per_group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def offset(self, schedule: "DilationSchedule", rate: int, j: int) -> int:
+        """s of query head j of the call in a pattern of rate `rate`."""
+        return schedule.offset(rate, self.first + j, self.total or self.num_heads)
+
+
+@dataclass(frozen=True)
 class DilationSchedule:
     r"""A list of patterns (w_i, r_i) and how they are mixed.
 

@@ -13,7 +13,7 @@ import torch
 from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, merge_attentions
 from .attention_kernels import get_kernel
 from .dilation_plan import SINKS, Block, plan_blocks
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .memory_pieces import PAIRS, PieceAttention, Stretch
 from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
@@ -31,10 +31,7 @@ class MemoryCall:
 
     ranking: Ranking
     start: int
-    num_heads: int
-    num_kv_heads: int
-    head_index_offset: int
-    total_num_heads: int | None
+    heads: Heads
     scale: float
     backend: str
 
@@ -48,10 +45,7 @@ class MemoryCall:
 
     def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
         """The schedule's part of N = `length` keys; sinks are read apart where their distance is clamped."""
-        blocks = plan_blocks(
-            self.schedule, self.num_heads, self.num_kv_heads, self.start, self.start + query_length, length,
-            self.head_index_offset, self.total_num_heads,
-        )  # fmt: skip
+        blocks = plan_blocks(self.schedule, self.heads, self.start, self.start + query_length, length)
         return tuple(x for x in blocks if x.pattern != SINKS) if self.clamps(query_length) else blocks
 
     def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
@@ -90,10 +84,9 @@ class MemoryCall:
 
     def offsets(self, device: torch.device) -> torch.Tensor:
         """Of each head in the patterns behind the window, [patterns, H]."""
-        total = self.total_num_heads or self.num_heads
-        heads = range(self.head_index_offset, self.head_index_offset + self.num_heads)
-        offsets = [[self.schedule.offset(r, j, total) for j in heads] for _, r in self.schedule.patterns[1:]]
-        return torch.tensor(offsets, dtype=torch.long, device=device).view(-1, self.num_heads)
+        heads, rates = range(self.heads.num_heads), self.schedule.dilation_rates[1:]
+        offsets = [[self.heads.offset(self.schedule, r, j) for j in heads] for r in rates]
+        return torch.tensor(offsets, dtype=torch.long, device=device).view(-1, len(heads))
 
 
 def _stretches(
@@ -103,7 +96,7 @@ def _stretches(
     [B, H, Q], and their attention to what they read."""
     _, heads, length, count = reads.shape
     size = call.schedule.memory.block_size
-    per_group = heads // call.num_kv_heads
+    per_group = heads // call.heads.num_kv_heads
     offsets = call.offsets(reads.device)
     inv_freq = call.inv_freq if call.clamps(length) else None
     is_stored, attention = isinstance(keys, StoredKeys), part_attention(query.device)
@@ -111,7 +104,7 @@ def _stretches(
     tile = max(1, (FETCHED // size if is_stored else PAIRS) // (per_group * count))
     reads = call.mark_far(reads, blocks)
     for row in range(len(reads)):
-        for group in range(call.num_kv_heads):
+        for group in range(call.heads.num_kv_heads):
             own = slice(group * per_group, (group + 1) * per_group)
             if not is_stored:
                 pair = [_in_blocks(x, row, group, size).contiguous() for x in keys]
@@ -161,7 +154,7 @@ def _sink_scores(call, query, key, value) -> tuple[torch.Tensor, torch.Tensor, t
     """Logits [B, H, Q, S] of the S sink tokens, their keys and values [B, H, S, D]."""
     sinks, dtype = min(call.schedule.num_sink_tokens, key.shape[2]), torch.promote_types(query.dtype, torch.float32)
     key, value = (
-        x[:, :, :sinks].repeat_interleave(call.num_heads // call.num_kv_heads, 1).to(dtype) for x in (key, value)
+        x[:, :, :sinks].repeat_interleave(call.heads.per_group, 1).to(dtype) for x in (key, value)
     )
     scores = _sink_query(call, query).to(dtype) @ key.mT * call.scale
     position = torch.arange(call.start, call.start + query.shape[2], device=query.device)
@@ -177,7 +170,7 @@ def _sink_gradients(call, grad, query, key, value, out, lse, grads) -> None:
     position = torch.arange(call.start, call.start + query.shape[2], device=query.device)
     turned = (call.schedule.memory.max_distance - position).clamp(max=0)
     grads[0].add_(rotate(scores @ keys, -turned.expand(query.shape[:3]), call.inv_freq))
-    groups, sinks = (call.num_kv_heads, -1), keys.shape[2]
+    groups, sinks = (call.heads.num_kv_heads, -1), keys.shape[2]
     grads[1][:, :, :sinks] += (scores.mT @ _sink_query(call, query).to(weights.dtype)).unflatten(1, groups).sum(2)
     grads[2][:, :, :sinks] += (weights.mT @ grad).unflatten(1, groups).sum(2)
 
@@ -268,7 +261,7 @@ def attend_memory(
     if call.backend == "eager":
         return memory_attention_reference(
             query, key, value, call.schedule, call.start, scale=call.scale, inv_freq=call.inv_freq, chosen=chosen,
-            head_index_offset=call.head_index_offset, total_num_heads=call.total_num_heads, dropout=dropout,
+            heads=call.heads, dropout=dropout,
         )[:2]  # fmt: skip
     return BlockAttention.apply(_WithMemory(call), query, key, value, call.reads(chosen))
 
@@ -283,8 +276,7 @@ def attend_documents(
     *,
     scale: float,
     backend: str,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
+    heads: Heads,
     inv_freq: torch.Tensor | None = None,
     basis: MemoryBasis | None = None,
     dropout: float = 0.0,
@@ -306,9 +298,7 @@ def attend_documents(
         first, last = max(start, query_offset), min(stop, query_offset + length)
         if first >= last:
             continue
-        call = MemoryCall(
-            ranking, first - start, query.shape[1], key.shape[1], head_index_offset, total_num_heads, scale, backend,
-        )  # fmt: skip
+        call = MemoryCall(ranking, first - start, heads, scale, backend)
         q, k = slice(first - query_offset, last - query_offset), slice(start, last)
         part = attend_memory(call, query[rows, :, q], key[rows, :, k], value[rows, :, k], dropout=dropout)
         if part[0].shape == query.shape:

@@ -6,7 +6,7 @@ Letters: B batch, H query heads, G key/value heads, Q query tokens, N key tokens
 import torch
 
 from .attention_pairs import attention_counts
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .memory_positions import rotate
 
 
@@ -46,8 +46,7 @@ def memory_attention_reference(
     query_start: int,
     *,
     scale: float | None = None,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
+    heads: Heads | None = None,
     inv_freq: torch.Tensor | None = None,
     chosen: torch.Tensor | None = None,
     dropout: float = 0.0,
@@ -63,9 +62,10 @@ def memory_attention_reference(
     Returns:
         out [B, H, Q, D], the log-sum-exp [B, H, Q] and the chosen blocks [B, H, Q, top_k].
     """
-    memory, (batch, heads, length, width), keys = schedule.memory, query.shape, key.shape[2]
+    memory, (batch, _, length, width), keys = schedule.memory, query.shape, key.shape[2]
+    heads = heads or Heads.of(query, key)
     scale = width**-0.5 if scale is None else scale
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    key, value = (x.repeat_interleave(heads.per_group, dim=1) for x in (key, value))
     positions = torch.arange(query_start, query_start + length, device=query.device)
     k_pos = torch.arange(keys, device=query.device)
     start = k_pos // memory.block_size * memory.block_size
@@ -85,7 +85,7 @@ def memory_attention_reference(
                 rows.append(_choose(rank_blocks(query[b], key[b], schedule), far, schedule, positions))
             chosen = torch.stack(rows)
     ids = k_pos.new_zeros(1, keys)
-    counts, _ = attention_counts(schedule, heads, ids, query_start, length, head_index_offset, total_num_heads)
+    counts, _ = attention_counts(schedule, heads, ids, query_start, length)
     local = (k_pos <= t) & (k_pos >= schedule.local_start(t))
     shown = (counts[0] > 0) | local  # [H, Q, N]
     picked = (chosen[..., None] == k_pos // memory.block_size).any(-2)  # [B, H, Q, N]

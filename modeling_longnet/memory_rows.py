@@ -22,6 +22,9 @@ def _bag(index: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, offsets
 def _sampled(index: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """rows [R, D] times those of others [N, D] that index (int32, flat) names; row i has index[starts[i]:starts[i+1]].
     As long as index."""
+    if index.numel() >= len(rows) * len(others):  # more than a matrix has room for, which takes rows twice
+        row = torch.arange(len(rows)).repeat_interleave(starts.diff())
+        return (rows @ others.T)[row, index.long()]
     with warnings.catch_warnings():  # PyTorch says once that this layout is a beta
         warnings.simplefilter("ignore", UserWarning)
         pattern = torch.sparse_csr_tensor(

@@ -107,9 +107,11 @@ class Ranking:
         distance = self.schedule.memory.max_distance - position
         return rotate(query.to(_rank_dtype(query.dtype)), distance.expand(query.shape[:-1]), self.inv_freq)
 
-    def ranks(self, query: torch.Tensor, index: Index, begin: int, end: int, far: bool = False) -> torch.Tensor:
+    def ranks(
+        self, query: torch.Tensor, index: Index, begin: int, end: int, far=False, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Of blocks begin, ..., end - 1 of an index, n of them, for queries [B, H, T, D] (turned, if far):
-        [B, G, H / G, T, n]."""
+        [B, G, H / G, T, n], written to `out` if there is one."""
         parts = _some_blocks(index, begin, end)
         query = query.to(_rank_dtype(query.dtype)).unflatten(1, (parts[0].shape[1], -1))
         rows = query.flatten(2, 3)
@@ -117,8 +119,16 @@ class Ranking:
             to_few = self.basis.far_to_query if far else self.basis.to_query
             rows = rows @ to_few.to(rows.device, rows.dtype)
         rows = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=-1)
-        ranks = [_times(rows, part) for part in parts]
-        return (ranks[0] if len(ranks) == 1 else torch.cat(ranks, dim=-1)).unflatten(2, query.shape[2:4])
+        if out is None and len(parts) == 1:
+            return _times(rows, parts[0]).unflatten(2, query.shape[2:4])
+        if out is None:
+            out = rows.new_empty(*rows.shape[:2], *query.shape[2:4], end - begin)
+        whole, done = out.flatten(2, 3), 0
+        for part in parts:
+            own = whole[..., done : done + part.shape[2]]
+            _times(rows, part, own)
+            done += part.shape[2]
+        return out
 
 
 def _some_blocks(index: Index, begin: int, end: int) -> list[torch.Tensor]:
@@ -133,12 +143,16 @@ def _some_blocks(index: Index, begin: int, end: int) -> list[torch.Tensor]:
     return parts
 
 
-def _times(rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """rows [B, G, R, 2 d] times a part of an index: [B, G, R, n]."""
+def _times(rows: torch.Tensor, part: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """rows [B, G, R, 2 d] times a part of an index, [B, G, R, n]; written to `out`, a view into something wider."""
     if len(part) == len(rows):
-        return rows @ part.mT
+        if out is None or len(rows) > 1:
+            product = rows @ part.mT
+            return product if out is None else out.copy_(product)
+        return torch.bmm(rows[0], part[0].mT, out=out[0])[None]
     together = rows.transpose(0, 1).flatten(1, 2) @ part[0].mT  # as one product: no copy of the index for each row
-    return together.unflatten(1, (len(rows), -1)).transpose(0, 1)
+    together = together.unflatten(1, (len(rows), -1)).transpose(0, 1)
+    return together if out is None else out.copy_(together)
 
 
 def _stable_best(ranks: torch.Tensor, count: int) -> torch.Tensor:
@@ -229,13 +243,19 @@ def rank_blocks(
         return ranking.ranks(query, index, 0, count)
     reaches = ((int(x) - memory.max_distance - 1) // memory.block_size + 1 for x in position.aminmax())
     low, reach = (min(count, max(0, x)) for x in reaches)  # blocks that are far for all queries, and for any
-    near = ranking.ranks(query, index, low, count)
     if not reach:
-        return near
+        return ranking.ranks(query, index, 0, count)
     far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
-    far = ranking.ranks(far_query, far_index, 0, reach, far=True)
+    groups = (index if isinstance(index, torch.Tensor) else index[0]).shape[1]
+    shape = len(query), groups, query.shape[1] // groups, query.shape[2], count
+    ranks = query.new_empty(shape, dtype=_rank_dtype(query.dtype))
+    if low < count:
+        ranking.ranks(query, index, low, count, out=ranks[..., low:])
+    if low:
+        ranking.ranks(far_query, far_index, 0, low, far=True, out=ranks[..., :low])
     if low < reach:
-        start = torch.arange(low, reach, device=near.device) * memory.block_size
+        far = ranking.ranks(far_query, far_index, low, reach, far=True)
+        start = torch.arange(low, reach, device=ranks.device) * memory.block_size
         is_far = position[..., None] - start > memory.max_distance
-        near[..., : reach - low] = torch.where(is_far, far[..., low:], near[..., : reach - low])
-    return torch.cat([far[..., :low], near], dim=-1)
+        ranks[..., low:reach] = torch.where(is_far, far, ranks[..., low:reach])
+    return ranks

@@ -27,7 +27,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .document_ids import reorder, restore_order
-from .longnet_layers import LongNetAttention, LongNetDecoderLayer
+from .longnet_layers import LongNetDecoderLayer
 from .modeling_longnet import LongNetPreTrainedModel
 from .transformers_compat import capture_outputs, is_tracing, refuse_unread
 
@@ -165,7 +165,6 @@ class LongNetSlideEncoderPreTrainedModel(LongNetPreTrainedModel):
     main_input_name = "tile_embeds"
     input_modalities = ("image",)
     _skip_keys_device_placement = None
-    _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

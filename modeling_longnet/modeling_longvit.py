@@ -26,7 +26,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_longvit import LongViTConfig
-from .longnet_layers import LongNetAttention, LongNetDecoderLayer
+from .longnet_layers import LongNetDecoderLayer
 from .modeling_longnet import LongNetPreTrainedModel
 from .transformers_compat import capture_outputs, refuse_unread
 
@@ -88,7 +88,6 @@ class LongViTPreTrainedModel(LongNetPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _skip_keys_device_placement = None
-    _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .dilated_cache import DilatedCache
 from .dilation_schedule import as_integer
-from .patched_attention import TAP, head_slice, run_original, unsupported_reason
+from .patched_attention import TAP, heads_of, run_original, unsupported_reason
 from .patched_mask import is_compact_mask
 from .transformers_compat import named_cache, text_config_of
 
@@ -64,7 +64,7 @@ def _why_not(module: nn.Module, query, key, value, mask, arguments: dict) -> str
     if mask is not None and not is_compact_mask(mask):
         return "it is given a mask of pairs that the model makes by itself"
     try:
-        head_slice(module, query.shape[1])
+        heads_of(module, query, key)
     except (ValueError, AttributeError):
         total = getattr(module.config, "num_attention_heads", None)
         return f"it has {query.shape[1]} heads, its configuration tells of {total}"

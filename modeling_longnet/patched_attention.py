@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .dilated_attention import ELSEWHERE, scheduled_attention
 from .dilated_cache import DilatedCache
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .document_ids import check_position_ids, reorder, restore_order
 from .memory_positions import anchor
 from .patched_mask import (
@@ -116,16 +116,16 @@ def run_original(original: str, module, query, key, value, mask, **kwargs) -> tu
     return function(module, query, key, value, mask, **kwargs)
 
 
-def head_slice(module: torch.nn.Module, num_heads: int) -> tuple[int, int]:
-    """First global head and number of heads in all: under tensor parallelism a module sees its own heads only."""
-    total = module.config.num_attention_heads
+def heads_of(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> Heads:
+    """The heads of a call: under tensor parallelism a module sees its own ones only."""
+    total, num_heads = module.config.num_attention_heads, query.shape[1]
     if num_heads == total:
-        return 0, total
+        return Heads.of(query, key, 0, total)
     for parameter in module.parameters():
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is not None:
             rank = mesh.get_local_rank("tp" if "tp" in (mesh.mesh_dim_names or ()) else None)
-            return rank * num_heads, total
+            return Heads.of(query, key, rank * num_heads, total)
     raise ValueError(
         f"this attention got {num_heads} of {total} heads and no tensor-parallel weights tell which: head offsets "
         "would be wrong."
@@ -159,7 +159,7 @@ def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
         )
 
 
-def _layer_memory(module: torch.nn.Module, order: torch.Tensor | None, num_heads: int, total_heads: int):
+def _layer_memory(module: torch.nn.Module, order: torch.Tensor | None, heads: Heads):
     """What a layer with a memory knows for it: a `LayerMemory`."""
     memory = getattr(module, LAYER_MEMORY, None)
     if memory is None:
@@ -171,10 +171,10 @@ def _layer_memory(module: torch.nn.Module, order: torch.Tensor | None, num_heads
         raise ValueError(
             "`attention_mask` has padding between the tokens of a row, which a memory does not read. Pad on the left."
         )
-    if memory.basis is not None and num_heads != total_heads:
+    if memory.basis is not None and heads.num_heads != heads.total:
         raise ValueError(
             "`memory`: `dimensions` are calibrated for all heads of a layer, and this rank has "
-            f"{num_heads} of {total_heads}: leave `dimensions` out under tensor parallelism."
+            f"{heads.num_heads} of {heads.total}: leave `dimensions` out under tensor parallelism."
         )
     return memory
 
@@ -205,17 +205,16 @@ def run_bounded(
             _refuse_untold_packing(kwargs, False)
             bounded.had_padding_behind |= order is not None
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
-    first_head, total_heads = head_slice(module, query.shape[1])
+    heads = heads_of(module, query, key)
     if layer.schedule.memory is not None:
-        layer.ranking = _layer_memory(module, order, query.shape[1], total_heads).ranking(layer.schedule)
+        layer.ranking = _layer_memory(module, order, heads).ranking(layer.schedule)
         layer.position_ids = kwargs.get("position_ids")
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
         ids = None if ids is None else ids.gather(1, order)
     out = bounded.attend(
         layer.layer_idx, query, key, value, ids, config=module.config, dropout=dropout, backend=settings["backend"],
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, head_index_offset=first_head,
-        total_num_heads=total_heads,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, heads=heads,
     )  # fmt: skip
     return out if order is None else restore_order(out, order, dim=2)
 
@@ -257,10 +256,10 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
     _warn_beyond_native_context(module.config, length, settings)
     layout = layout_of(mask, kwargs.get("position_ids"), query_length)
     _refuse_untold_packing(kwargs, layout.is_packed)
-    first_head, total_heads = head_slice(module, query.shape[1])
+    heads = heads_of(module, query, key)
     schedule, memory = DilationSchedule.from_config(module.config).of_layer(module.layer_idx), {}
     if schedule.memory is not None:
-        known = _layer_memory(module, layout.order, query.shape[1], total_heads)
+        known = _layer_memory(module, layout.order, heads)
         memory = {"inv_freq": known.inv_freq, "basis": known.basis}
         offset = angle_offset(layout, kwargs.get("position_ids"), len(query), length)
         query, key = (query, key) if offset is None else anchor(query, key, offset, known.inv_freq)
@@ -270,8 +269,8 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
         query = reorder(query, order, dim=2) if query_length == length else query
         ids = ids.gather(1, order)
     out = scheduled_attention(
-        query, key, value, schedule, scale=scaling, dropout=dropout, head_index_offset=first_head,
-        total_num_heads=total_heads, document_ids=ids, query_offset=query_offset, backend=settings["backend"],
+        query, key, value, schedule, scale=scaling, dropout=dropout, heads=heads, document_ids=ids,
+        query_offset=query_offset, backend=settings["backend"],
         elsewhere=getattr(kwargs.get(ELSEWHERE), "attend", None), **memory,
     )  # fmt: skip
     return out if order is None or query_length < length else restore_order(out, order, dim=2)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from .attention_blocks import BlockAttention, PlannedAttention
 from .attention_kernels import Kernel
 from .dilation_plan import Block, Region, Rows, plan_blocks
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,6 @@ class SequenceLayout:
     def own(self, rank: int) -> tuple[int, int]:
         """The interval of global positions that `rank` holds."""
         return rank * self.slice_length, (rank + 1) * self.slice_length
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The heads of a call, and their place among all heads of the layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_index_offset: int = 0
-    total_num_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,10 +114,7 @@ def _parts(
         if first >= last:
             continue
         length = (last if schedule.is_causal else stop) - start
-        blocks = plan_blocks(
-            schedule, heads.num_heads, heads.num_kv_heads, first - start, last - start, length,
-            heads.head_index_offset, heads.total_num_heads,
-        )  # fmt: skip
+        blocks = plan_blocks(schedule, heads, first - start, last - start, length)
         pieces = [piece for block in blocks for piece in split_block(block, first - start, last - start)]
         yield slice(first_row, last_row), start, first, last, pieces
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from .attention_kernels import get_kernel
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .document_ids import without_gradient_of_padding
-from .sequence_exchange import Exchange, Heads, plan_exchange, sharded_attention
+from .sequence_exchange import Exchange, plan_exchange, sharded_attention
 from .sequence_shards import SHARD, Place, Shard, locate_longnet, locate_patched
 from .transformers_compat import (
     CACHE_NAMES,
@@ -46,8 +46,7 @@ class ShardedForward:
         key: torch.Tensor,
         value: torch.Tensor,
         schedule: DilationSchedule,
-        head_index_offset: int,
-        total_num_heads: int | None,
+        heads: Heads,
         *,
         scale: float,
         dropout: float,
@@ -66,7 +65,6 @@ class ShardedForward:
                 f"a rank's slice has {layout.slice_length} tokens, got {query.shape[2]} queries and {key.shape[2]} "
                 "keys: caches do not work in a sharded forward, generate under `disabled()`."
             )
-        heads = Heads(query.shape[1], key.shape[1], head_index_offset, total_num_heads)
         exchange = plan_exchange(layout, self.shard.rank, schedule, heads, query.device)
         self.exchanges.append((exchange, 2 * key.shape[-1] * key.itemsize))
         return sharded_attention(query, key, value, exchange, self.group, scale, get_kernel(backend, query))

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 from .document_ids import document_positions
 
 
@@ -57,7 +57,9 @@ def choose_tiles(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
         return Tiles(32, 32, 4, 1) if width <= 64 else Tiles(16, 16, 4, 1)
     if width <= 64:
         return Tiles(64, 64, 8, 2) if kernel == "key_grad" else Tiles(64, 64, 4, 2)
-    return Tiles(64, 64, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
+    if width <= 128:
+        return Tiles(32, 64, 8, 2) if kernel == "key_grad" else Tiles(64, 64, 8, 2)
+    return Tiles(64, 32, 8, 2) if kernel == "forward" else Tiles(32, 32, 8, 2)
 
 
 def why_not_triton(query: torch.Tensor) -> str | None:
@@ -203,20 +205,19 @@ def start_kernel(kernel, programs: int, arguments: dict, device: torch.device, s
 class TritonCall:
     """One forward or backward: the tensors and what all of its launches have in common."""
 
-    def __init__(self, query, key, value, document_ids, query_offset, schedule, head_start, total_heads, scale):
+    def __init__(self, query, key, value, document_ids, query_offset, schedule, heads: Heads, scale):
         if key.shape[2] > MAX_TOKENS:
             raise ValueError(f"`backend='triton'` takes up to {MAX_TOKENS} tokens, got {key.shape[2]}.")
         self.query, self.key, self.value = (_in_rows(x) for x in (query, key, value))
         self.schedule, self.scale = schedule, scale
         self.rows = Rows(query, key, document_ids, query_offset)
-        heads, groups, self.width = query.shape[1], key.shape[1], query.shape[-1]
-        total_heads = heads if total_heads is None else total_heads
-        self.heads = heads, head_start, total_heads
+        self.width = query.shape[-1]
+        self.heads = heads.num_heads, heads.first, heads.total or heads.num_heads
         self.launches = plan_launches(schedule, self.heads, self.rows.reach)
         self.selects_all = bool(self.launches) and self.launches[-1].r == 1
         self.common = {
-            "batch": len(query), "heads": heads, "groups": groups, "head_start": head_start,
-            "total_heads": total_heads, "queries": query.shape[2], "length": key.shape[2],
+            "batch": len(query), "heads": heads.num_heads, "groups": heads.num_kv_heads, "head_start": heads.first,
+            "total_heads": self.heads[2], "queries": query.shape[2], "length": key.shape[2],
             "query_offset": query_offset, "sinks": min(schedule.num_sink_tokens, MAX_TOKENS),
             "scale": scale * 1.4426950408889634,  # log2(e): the kernels use powers of two
             "CAUSAL": schedule.is_causal, "D": self.width, "BD": max(16, 1 << (self.width - 1).bit_length()),

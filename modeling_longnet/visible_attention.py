@@ -10,7 +10,7 @@ import torch
 from .attention_blocks import BlockAttention, Locate, PlannedAttention, attend_blocks_eager
 from .attention_kernels import choose_backend, get_kernel, refuse_tangents
 from .dilation_plan import plan_blocks
-from .dilation_schedule import DilationSchedule
+from .dilation_schedule import DilationSchedule, Heads
 
 
 def attend_visible(
@@ -23,8 +23,7 @@ def attend_visible(
     query_start: int,
     length: int,
     scale: float | None = None,
-    head_index_offset: int = 0,
-    total_num_heads: int | None = None,
+    heads: Heads | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attention of the queries at positions query_start, query_start + 1, ... of a document of `length` tokens.
@@ -44,9 +43,7 @@ def attend_visible(
     backend = choose_backend(backend, query, 0.0)
     stop = query_start + query.shape[2]
     length = stop if schedule.is_causal else length
-    blocks = plan_blocks(
-        schedule, query.shape[1], key.shape[1], query_start, stop, length, head_index_offset, total_num_heads
-    )
+    blocks = plan_blocks(schedule, heads or Heads.of(query, key), query_start, stop, length)
     if backend == "eager":
         return attend_blocks_eager(PlannedAttention(None, blocks, query_start, scale, locate), query, key, value)[0]
     refuse_tangents(backend, query, key, value)

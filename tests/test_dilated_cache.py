@@ -25,7 +25,7 @@ from modeling_longnet import LongNetForCausalLM, dilated_attention
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilated_cache_layout import SlotLayout
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 from modeling_longnet.patching import patch_model, unpatch_model
 from modeling_longnet.transformers_compat import CACHE, named_cache
 
@@ -120,11 +120,11 @@ def test_random_schedules_heads_and_chunks():
 
 def slots_of_pieces(layout: SlotLayout, position: int) -> list[list[int]]:
     """The slots that each query head reads."""
-    slots = [[] for _ in range(layout.num_heads)]
+    slots = [[] for _ in range(layout.heads.num_heads)]
     for piece in layout.token_pieces(position):
         for unit, member, row in itertools.product(range(piece.units), range(piece.members), range(piece.count)):
             head = piece.head + unit * piece.head_step + member * piece.member_step
-            assert piece.kv + unit * piece.kv_step == head // (layout.num_heads // layout.num_kv_heads)
+            assert piece.kv + unit * piece.kv_step == head // layout.heads.per_group
             slots[head].append(piece.start + unit * piece.start_step + row * piece.step)
     return slots
 
@@ -133,7 +133,7 @@ def test_a_token_reads_the_slots_that_a_mask_would_show_it():
     """Sink tokens of the first segment, which stand in two places, may be read in either."""
     for seed in range(30):
         schedule, heads, groups, length, *_ = random_case(random.Random(seed))
-        layout = SlotLayout(schedule, heads, groups)
+        layout = SlotLayout(schedule, Heads(heads, groups))
         sinks = first = schedule.num_sink_tokens  # pattern 0 stands behind them
         for position in range(0, length, 3):
             live = layout.live(torch.tensor([position]), layout.tables(torch.device("cpu")))[0]

@@ -6,7 +6,7 @@ from operator_cases import random_case
 
 from modeling_longnet.dilated_attention_reference import attention_counts
 from modeling_longnet.dilation_plan import plan_blocks
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 
 
 def counts_of(blocks, num_heads, query_length, length, query_start):
@@ -45,16 +45,8 @@ def test_blocks_equal_the_definition(first_seed):
         counts, zeros = attention_counts(
             schedule, case.num_heads, documents, start, case.query_length, first_head, total
         )
-        blocks = plan_blocks(
-            schedule,
-            case.num_heads,
-            case.num_kv_heads,
-            start,
-            start + case.query_length,
-            case.length,
-            first_head,
-            total,
-        )
+        heads = Heads(case.num_heads, case.num_kv_heads, first_head, total)
+        blocks = plan_blocks(schedule, heads, start, start + case.query_length, case.length)
         got = counts_of(blocks, case.num_heads, case.query_length, case.length, start)
         assert torch.equal(counts[0], got[0]), (seed, case)
         assert torch.equal(zeros[0], got[1]), (seed, case)
@@ -63,7 +55,7 @@ def test_blocks_equal_the_definition(first_seed):
 def test_plan_of_the_papers_schedule_is_small():
     """A million tokens must not mean a million blocks."""
     schedule = DilationSchedule((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
-    assert len(plan_blocks(schedule, 12, 12, 0, 2**20, 2**20)) <= 2 * (1 + 2 + 4 + 6 + 12)
+    assert len(plan_blocks(schedule, Heads(12, 12), 0, 2**20, 2**20)) <= 2 * (1 + 2 + 4 + 6 + 12)
 
 
 def test_schedule_draws_what_it_does():

@@ -199,8 +199,10 @@ def test_what_was_asked_is_not_asked_again(byte_model, tmp_path, monkeypatch):
     again = needles.main([*arguments, "--trials", "2"])
     assert len(asked) == 4 and again["records"][:12] == first["records"]
     lines = (tmp_path / "x.md").read_text().splitlines()
-    assert lines[0] == "| task | tokens | answers | dense | with memory |" and len(lines) == 4
+    assert lines[0] == "| task | tokens | dense | with memory |" and len(lines) == 4
     assert json.loads((tmp_path / "x.json").read_text())["provenance"]["command"]
+    with pytest.raises(ValueError, match="haystack"):
+        needles.main([*arguments, "--trials", "2", "--haystack", "python-source"])
 
 
 def test_the_table_compares_forms_on_the_same_texts():
@@ -208,7 +210,7 @@ def test_the_table_compares_forms_on_the_same_texts():
         return {"task": "vt", "length": 64, "variant": variant, "trial": trial, "score": score, "depth": None}
 
     rows = [record("dense", 0, 1.0), record("dense", 1, 0.0), record("with memory", 0, 0.5)]
-    assert needles.table(rows).splitlines()[-1] == "| vt | 64 | 1 | 1.00 | 0.50 (0.50) |"
+    assert needles.table(rows).splitlines()[-1] == "| vt | 64 | 0.50 of 2 | 0.50 of 1 (0.50) |"
 
 
 def test_losses_by_position_are_those_of_the_full_forward(byte_model, tmp_path):
@@ -250,5 +252,19 @@ def test_figure_5_measures_both_sides_until_the_budget_ends(tmp_path, monkeypatc
     assert [(row["side"], row["tokens"]) for row in rows if row["kind"] == "operator"] == [
         ("dense", 1024), ("LongNet", 1024), ("LongNet", 2048),
     ]  # fmt: skip
-    assert "too slow" in (tmp_path / "x.md").read_text() and (tmp_path / "x.png").exists()
+    assert "not tried" in (tmp_path / "x.md").read_text() and (tmp_path / "x.png").exists()
     assert runtime.main(arguments)["rows"] == rows
+
+
+def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
+    def forget(run, device):
+        raise torch.OutOfMemoryError
+
+    measured = {"kind": "operator", "side": "dense", "tokens": 64, "seconds": 1.0}
+    rows = [measured, measured | {"side": "LongNet"}]
+    runtime.write_json(tmp_path / "x.json", {"provenance": {}, "earlier runs": [], "rows": rows})
+    monkeypatch.setattr(runtime, "seconds_of", forget)
+    rows = runtime.main(["--kinds", "operator", "--lengths", "128", "256", "--budget", "99", "--output",
+                         str(tmp_path / "x.json")])["rows"]  # fmt: skip
+    assert [(row["tokens"], row["seconds"]) for row in rows[2:]] == [(128, None)] * 2
+    assert (tmp_path / "x.md").read_text().splitlines()[-1] == "| 128 | out of memory | out of memory |"

@@ -43,6 +43,9 @@ CODE = {
     "attention_pairs.py",
     "dilation_plan.py",
     "token_attention.py",
+    "triton_attention.py",
+    "triton_kernels.py",
+    "triton_key_kernels.py",
     "attention_blocks.py",
     "attention_kernels.py",
     # the bounded cache

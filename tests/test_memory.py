@@ -7,7 +7,7 @@ import torch
 
 from modeling_longnet import memory_attention
 from modeling_longnet.dilated_attention import dilated_attention
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
 from modeling_longnet.memory_pieces import PieceAttention
 from modeling_longnet.memory_reference import memory_attention_reference
@@ -43,7 +43,7 @@ def make_tensors(length, heads=4, groups=2, batch=2, width=8, dtype=torch.float6
 
 def make_call(schedule, query, key, backend="sdpa"):
     start = key.shape[2] - query.shape[2]
-    return MemoryCall(Ranking(schedule, INV_FREQ), start, query.shape[1], key.shape[1], 0, None, 0.4, backend)
+    return MemoryCall(Ranking(schedule, INV_FREQ), start, Heads.of(query, key), 0.4, backend)
 
 
 def naive(call, *tensors, **options):

@@ -57,6 +57,14 @@ def test_every_store_gives_the_bits_of_the_device(model, make_cache, kind, batch
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [9, 13, 17, 22])
+def test_short_texts_of_few_blocks(make_cache, kind, length):
+    model, text = with_memory("alone"), tokens(length)
+    actual, _ = read(model, text, [length - 3, 1], make_cache(model, kind))
+    torch.testing.assert_close(actual, logits(model, text), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_stored_as_it_is(make_cache, kind):
     model, text = with_memory("clamped", tiny_llama().to(torch.bfloat16)), tokens(100)
     expected, _ = read(model, text, [40, 1, 30])

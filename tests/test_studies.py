@@ -10,6 +10,7 @@ from examples.evidence import compare, language_model, mqar, source_code
 from examples.evidence.neighbours.attention_patterns import Bounded, Fixed
 from examples.evidence.neighbours.backbone import ModelShape
 from examples.evidence.neighbours.lru import LinearRecurrentUnit
+from examples.evidence.neighbours.systems import SYSTEMS
 from examples.evidence.recall import IGNORED, RecallModel, accuracy, make_batch, measure_recall
 from examples.evidence.records import mean, measure_missing
 from examples.evidence.training import bits_per_byte, parameter_groups
@@ -106,8 +107,9 @@ def test_compare_writes_a_row_and_does_not_measure_it_again(tiny, tmp_path, monk
     result = compare.main(arguments)
     assert len(result["records"]) == 6
     assert {"hardware", "date", "commit", "command"} <= result["records"][0]["provenance"].keys()
-    rows = output.with_suffix(".md").read_text().splitlines()
-    assert len(rows) == 4 and all(" - " not in row for row in rows) and output.with_suffix(".png").stat().st_size > 5000
+    learns, costs, what = output.with_suffix(".md").read_text().split("\n\n")
+    assert len(learns.splitlines()) == len(costs.splitlines()) == 4 and " - " not in learns + costs
+    assert len(what.splitlines()) == 2 + len(SYSTEMS) and output.with_suffix(".png").stat().st_size > 5000
 
     def refuse(*args):
         raise AssertionError("measured again")

@@ -63,10 +63,10 @@ def case(segment_lengths, dilation_rates, length=56, heads=3, groups=None, queri
 
 # Name: (case, rows of queries and of keys in a tile). Every option, alone and with those that it meets in a kernel.
 CASES = {
-    "count, modulo": (case([16, 40], [1, 3]), (16, 32)),
-    "count, contiguous, a batch": (case([20, 50], [1, 3], length=50, heads=3, groups=1, batch=2,
+    "count, modulo": (case([16, 40], [1, 3], length=44), (16, 32)),
+    "count, contiguous, a batch": (case([20, 50], [1, 3], length=44, heads=3, groups=1, batch=2,
                                         head_offsets="contiguous"), (32, 16)),
-    "count, groups": (case([16, 64], [1, 4], heads=6, groups=2), (16, 16)),
+    "count, groups": (case([16, 64], [1, 2], heads=4, groups=2), (16, 16)),
     "count, contiguous groups": (case([20, 64], [1, 3], heads=4, groups=2, head_offsets="contiguous"), (16, 16)),
     "count, nothing selects some queries": (case([20, 64], [2, 4], heads=2), (16, 16)),
     "count, rates that divide nothing": (case([17, 41], [2, 5], heads=2, num_sink_tokens=3), (16, 16)),
@@ -81,7 +81,7 @@ CASES = {
     "once, contiguous, two earlier": (case([14, 28, 56], [1, 2, 4], overlap="once", head_offsets="contiguous",
                                            heads=2), (16, 16)),
     "sliding, count": (case([24, 64], [1, 4], local="sliding", heads=2), (16, 16)),
-    "sliding, once, sinks": (case([24, 48, 96], [1, 2, 4], length=70, heads=2, groups=1, local="sliding",
+    "sliding, once, sinks": (case([24, 48, 96], [1, 2, 4], length=60, heads=2, groups=1, local="sliding",
                                   overlap="once", num_sink_tokens=4), (16, 16)),
     "sliding, not nested": (case([24, 30, 64], [1, 2, 3], local="sliding", overlap="once", heads=2), (16, 32)),
     "chunk over past keys": (case([16, 32, 64], [1, 2, 4], queries=13, heads=4, groups=2, overlap="once",
@@ -91,7 +91,7 @@ CASES = {
     "documents": (case([16, 48], [1, 3], batch=2, heads=2, document_ids=DOCUMENTS, num_sink_tokens=2), (16, 16)),
     "documents, sliding, chunk": (case([16, 32], [1, 2], batch=2, heads=2, groups=1, queries=30, query_offset=20,
                                        document_ids=DOCUMENTS, local="sliding", overlap="once"), (16, 16)),
-    "documents, not all selected": (case([16, 48], [2, 3], batch=2, heads=2, document_ids=DOCUMENTS), (16, 16)),
+    "documents, not all selected": (case([16, 48], [2, 3], heads=2, document_ids=DOCUMENTS[:1]), (16, 16)),
     "a slice of the heads": (case([16, 64], [1, 5], heads=4, groups=2, head_index_offset=3, total_num_heads=9),
                              (16, 16)),
     "a slice of contiguous heads": (case([16, 64], [1, 5], heads=4, groups=2, head_index_offset=3, total_num_heads=9,
@@ -118,10 +118,10 @@ def evaluate(function, one, tensors, grad, **options):
     return out.detach(), lse.detach(), *grads
 
 
-def check(one, tensors, grad, tolerance=1e-5):
+def check(one, tensors, grad, tolerance=1e-5, backend="triton"):
     """The kernels against the definition, the first in the dtype of the tensors and the second in float64."""
     wanted = evaluate(dilated_attention_reference, one, [x.double() for x in tensors], grad.double())
-    got = evaluate(dilated_attention, one, tensors, grad, backend="triton")
+    got = evaluate(dilated_attention, one, tensors, grad, backend=backend)
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
         assert x.shape == y.shape and torch.equal(torch.isinf(x), torch.isinf(y)), name
         finite = ~torch.isinf(y)
@@ -180,24 +180,24 @@ def far_apart(tensors: list[torch.Tensor], head_stride: int, token_stride: int) 
     return [storage.as_strided(x.shape, strides, place).copy_(x) for x, place in zip(tensors, places)]
 
 
-def check_far_addresses():
+def check_far_addresses(backend="triton"):
     """Heads, and then rows of a tile, that lie more than 2**31 elements from each other."""
     for one, strides in (
         (case([16, 32], [1, 2], length=20, heads=3), (2**30 + 64, 16)),
         (case([32], [1], length=12, heads=1), (16, 2**28 + 16)),
     ):
         *tensors, grad = far_apart(one.tensors(torch.float16), *strides)
-        check(one, tensors, grad, tolerance=3e-3)
+        check(one, tensors, grad, 3e-3, backend)
 
 
 only_interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter: on a GPU it would need the memory")
 
 
-@needs_triton
 @only_interpreted
-def test_addresses_beyond_int32(tiles_of):
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "sdpa", "eager"])
+def test_addresses_beyond_int32(backend, tiles_of):
     tiles_of(16, 16)
-    check_far_addresses()
+    check_far_addresses(backend)
 
 
 # File, what stands there, what is planted in its place, and the case that must fail then (None: the far addresses).
@@ -369,7 +369,7 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-W", "ignore", "-m", "examples.benchmarks.triton_compile_check", "--arch", "90",
-               "--head_dim", "64", "--schedule", "once, sinks, window", "--output",
+               "--head-dim", "64", "--schedule", "once, sinks, window", "--output",
                str(tmp_path / "kernels.json")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

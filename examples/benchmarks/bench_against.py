@@ -75,7 +75,7 @@ def _decode() -> Callable[[], object]:
     return run
 
 
-def _train_step() -> Callable[[], object]:
+def _train_step(sharded: bool) -> Callable[[], object]:
     from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
     config = LongNetConfig(
@@ -83,10 +83,16 @@ def _train_step() -> Callable[[], object]:
         segment_lengths=[512, 2048], dilation_rates=[1, 4],
     )  # fmt: skip
     model, tokens = LongNetForCausalLM(config).train(), torch.randint(0, 1024, (1, 4096))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer, batch = torch.optim.AdamW(model.parameters()), {"input_ids": tokens, "labels": tokens}
+    if sharded:  # as one rank that holds all of a text does it
+        from modeling_longnet.sequence_parallel import SequenceParallel
+
+        sp = SequenceParallel(None, 1)
+        sp.add_hooks(model)
+        batch = sp.collator(lambda texts: texts)(batch)
 
     def run():
-        model(tokens, labels=tokens).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -98,7 +104,8 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "operator-backward": lambda: _operator(8192, backward=True),
     "prefill": _prefill,
     "decode": _decode,
-    "train-step": _train_step,
+    "train-step": lambda: _train_step(sharded=False),
+    "sharded-step": lambda: _train_step(sharded=True),
 }
 
 

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there: registers, spills, tensor-core instructions of each.
 
     python -m examples.benchmarks.triton_compile_check                  # sm_90 and sm_80, all options
-    python -m examples.benchmarks.triton_compile_check --arch 90 --head_dim 64 --dtype bfloat16
+    python -m examples.benchmarks.triton_compile_check --arch 90 --head-dim 64 --dtype bfloat16
 
 The operator runs on tensors without memory; each launch it asks for is compiled, with the very arguments, instead of
 started. Triton's package brings the compiler (ptxas) and the disassembler along. Ends with an error if a kernel does
@@ -23,7 +23,7 @@ import torch
 from examples.reporting import provenance, write_json
 from modeling_longnet import triton_attention
 from modeling_longnet.attention_kernels import HAS_TRITON
-from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -50,7 +50,7 @@ def record_launches(schedule: DilationSchedule, dtype: torch.dtype, width: int, 
         (kernel, arguments, tiles)
     )
     try:
-        call = triton_attention.TritonCall(query, key, value, ids, 0, schedule, 0, None, width**-0.5)
+        call = triton_attention.TritonCall(query, key, value, ids, 0, schedule, Heads.of(query, key), width**-0.5)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
         triton_attention.triton_forward(call, out, lse)
         triton_attention.triton_backward(call, torch.empty_like(out), out, lse)
@@ -132,7 +132,7 @@ def check(archs: list[int], dtypes: list[str], widths: list[int], schedules: lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], help="compute capabilities")
-    parser.add_argument("--head_dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--strict", action="store_true", help="spilled registers are an error")
@@ -147,8 +147,8 @@ def main() -> None:
         print(
             f"{row['kernel']:18} sm_{row['arch']} {row['dtype']} D={row['head_dim']} {row['schedule']:20} "
             f"{row['BM']}x{row['BN']} warps {row['num_warps']} stages {row['num_stages']}: "
-            f"registers {row['registers']}, spilled {row['spilled_bytes']}, "
-            f"shared {row['shared_kib']:.0f} KiB, wgmma {row['wgmma']}, mma {row['mma']}, async copies {row['async_copies']}", flush=True,
+            f"registers {row['registers']}, spilled {row['spilled_bytes']}, shared {row['shared_kib']:.0f} KiB, "
+            f"wgmma {row['wgmma']}, mma {row['mma']}, async copies {row['async_copies']}", flush=True,
         )  # fmt: skip
 
     rows = check(args.arch, args.dtype, args.head_dim, args.schedule, report)

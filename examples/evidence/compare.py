@@ -31,8 +31,9 @@ SCALES = {
         "shape": {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "window": 32},
         "text": {"context": 512, "rows": 4, "steps": 160, "learning_rate": 3e-3, "test_bytes": 32768},
         "recall": {
-            "grid": [[64, 4], [128, 8], [256, 16]], "test_grid": [[64, 4], [128, 8], [256, 16], [512, 24]],
-            "vocab_size": 64, "window": 8, "tokens_per_batch": 1024, "steps": 400, "learning_rate": 1e-2,
+            "grid": [[32, 2], [64, 4], [32, 2], [128, 8], [32, 2], [256, 16]],
+            "test_grid": [[64, 4], [128, 8], [256, 16], [512, 24]],
+            "vocab_size": 64, "window": 8, "tokens_per_batch": 1024, "steps": 300, "learning_rate": 1e-2,
         },
         "speed": {"seconds_per_text": 20},
     },
@@ -148,61 +149,63 @@ def _mean(result: dict, system: str, part: str, *path: str) -> float | None:
     return mean(result["records"], *path, system=system, part=part)
 
 
-def table(result: dict) -> str:
-    """One row per system, as Markdown."""
-    columns = [
-        *((f"bits/byte {context}", ("text", "bits_per_byte", str(context)), ".3f") for context in CONTEXTS),
-        *(
-            (f"recall {length}, {pairs}", ("recall", "accuracy", f"{length},{pairs}"), ".2f")
-            for length, pairs in result["settings"].get("recall", {}).get("test_grid", [])
-        ),
-        ("train tokens/s", ("text", "train_tokens_per_second"), ",.0f"),
-        *((f"prefill {n // 1024}K", ("speed", "prefill_tokens_per_second", str(n)), ",.0f") for n in PREFILL),
-        *((f"ms/token at {n // 1024}K", ("speed", "decode_ms_per_token", str(n)), ".2f") for n in DECODE),
-        *((f"state KiB at {n // 1024}K", ("speed", "state_bytes", str(n)), ",.0f") for n in DECODE),
-        ("parameters", ("text", "parameters"), ",.0f"),
-    ]
-    lines = [
-        "| system | " + " | ".join(title for title, _, _ in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
+def _rows(result: dict, columns: list[tuple[str, tuple, str]]) -> str:
+    """A Markdown table of means: title, path in the records, and format of each column."""
+    lines = ["| system | " + " | ".join(title for title, _, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name in SYSTEMS:
-        cells = []
-        for title, keys, form in columns:
-            value = _mean(result, name, *keys)
-            value = value / 1024 if value is not None and title.startswith("state") else value
-            cells.append("-" if value is None else format(value, form))
-        if set(cells) != {"-"}:
+        values = [_mean(result, name, *path) for _, path, _ in columns]
+        if set(values) != {None}:
+            cells = ("-" if value is None else format(value, form) for value, (_, _, form) in zip(values, columns))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _recall_sizes(result: dict) -> list[tuple[int, int]]:
+    return [tuple(size) for size in result["settings"].get("recall", {}).get("test_grid", [])]
+
+
+def table(result: dict) -> str:
+    """Three tables in Markdown: what a system learns, what it costs, and what it is."""
+    learns = [
+        *((f"bits per byte at {context:,}", ("text", "bits_per_byte", str(context)), ".3f") for context in CONTEXTS),
+        *((f"recall {n}, {k}", ("recall", "accuracy", f"{n},{k}"), ".2f") for n, k in _recall_sizes(result)),
+        ("parameters", ("text", "parameters"), ",.0f"),
+    ]
+    costs = [
+        ("trained tokens/s", ("text", "train_tokens_per_second"), ",.0f"),
+        *((f"read tokens/s at {n:,}", ("speed", "prefill_tokens_per_second", str(n)), ",.0f") for n in PREFILL),
+        *((f"ms/token after {n:,}", ("speed", "decode_ms_per_token", str(n)), ".2f") for n in DECODE),
+        *((f"state in bytes after {n:,}", ("speed", "state_bytes", str(n)), ",.0f") for n in DECODE),
+    ]
+    what = ["| system | code | a query reads | not as published |", "|---|---|---|---|"]
+    what += [f"| {name} | {row.origin} | {row.keys} | {row.note} |" for name, row in SYSTEMS.items()]
+    return "\n".join([_rows(result, learns), _rows(result, costs), "\n".join(what)]) + "\n"
+
+
 def draw(result: dict, path: Path) -> None:
-    """Loss by context, recall over the state that it takes, and speed by length."""
+    """Loss by context, recall by size, and speed by length."""
     figure, (losses, recall, speed) = new_figure(3)
     figure.set_size_inches(19, 6.5)
-    longest = "{},{}".format(*max(result["settings"].get("recall", {}).get("grid", [(0, 0)])))
+    sizes = _recall_sizes(result)
+    lengths = [length for length, _ in sizes]
     for index, name in enumerate(SYSTEMS):
         style = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "label": name, "markersize": 5}
-        bits = [_mean(result, name, "text", "bits_per_byte", str(context)) for context in CONTEXTS]
-        if None not in bits:
-            losses.plot(CONTEXTS, bits, **style)
-        right, held = (
-            _mean(result, name, "recall", "accuracy", longest),
-            _mean(result, name, "speed", "state_bytes", str(DECODE[0])),
+        parts = (
+            (losses, [(n, _mean(result, name, "text", "bits_per_byte", str(n))) for n in CONTEXTS]),
+            (recall, [(n, _mean(result, name, "recall", "accuracy", f"{n},{k}")) for n, k in sizes]),
+            (speed, [(n, _mean(result, name, "speed", "prefill_tokens_per_second", str(n))) for n in PREFILL]),
         )
-        if right is not None and held is not None:
-            recall.plot(held / 1024, right, linestyle="", **style)
-            recall.annotate(name, (held / 1024, right), fontsize=6, xytext=(4, 3), textcoords="offset points")
-        rates = [(n, _mean(result, name, "speed", "prefill_tokens_per_second", str(n))) for n in PREFILL]
-        rates = [(n, rate) for n, rate in rates if rate]
-        if rates:
-            speed.plot(*zip(*rates), **style)
-    losses.set(xscale="log", xlabel="context (bytes)", ylabel="bits per byte, held-out code")
-    losses.set_xticks(CONTEXTS, [f"{context:,}" for context in CONTEXTS])
-    losses.minorticks_off()
-    recall.set(xscale="log", xlabel=f"state after {DECODE[0]:,} tokens (KiB)", ylabel=f"recall at N, K = {longest}")
-    speed.set(xscale="log", yscale="log", xlabel="tokens of the text", ylabel="tokens read per second")
+        for axis, points in parts:
+            axis.plot(*zip(*[(x, y) for x, y in points if y is not None] or [((), ())]), **style)
+    losses.set(xlabel="context (bytes)", ylabel="bits per byte, held-out code")
+    recall.set(xlabel="tokens N, pairs K", ylabel="share of values recalled")
+    speed.set(yscale="log", xlabel="tokens of the text", ylabel="tokens read per second")
+    for axis, ticks in ((losses, CONTEXTS), (recall, lengths), (speed, PREFILL)):
+        if ticks:
+            axis.set_xscale("log")
+            labels = [f"{n}\nK = {k}" for n, k in sizes] if axis is recall else [f"{n:,}" for n in ticks]
+            axis.set_xticks(ticks, labels)
+            axis.minorticks_off()
     speed.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path, result["records"][-1]["provenance"])
 

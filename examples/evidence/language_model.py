@@ -32,7 +32,7 @@ from examples.reporting import new_figure, save_figure
 SCALES = {
     "cpu": {
         "shape": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "window": 32, "max_length":
-        8192}, "contexts": [512, 2048, 8192], "tokens_per_batch": 8192, "steps": 50, "learning_rate": 3e-3,
+        8192}, "contexts": [512, 2048, 8192], "tokens_per_batch": 8192, "steps": 60, "learning_rate": 5e-3,
         "test_bytes": 32768,
     },
     "gpu": {

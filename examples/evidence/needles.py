@@ -55,49 +55,61 @@ def mean_scores(records: list[dict], *keys: str) -> dict[tuple, dict]:
     return {key: {"score": sum(x) / len(x), "answers": len(x)} for key, x in sorted(found.items(), key=str)}
 
 
-def common_records(records: list[dict]) -> list[dict]:
-    """The records of readings that every form of the file has, so that forms are compared on the same texts."""
+def forms_of(records: list[dict]) -> list[str]:
+    """The forms in the records, in the order of VARIANTS, those with an adapter last."""
+    present = {record["variant"] for record in records}
+    return [name for name in (*VARIANTS, *(v + WITH_ADAPTER for v in VARIANTS)) if name in present]
 
-    def case(record: dict) -> tuple:
-        return record["task"], record["length"], record["trial"]
 
-    forms = {record["variant"] for record in records}
-    shared = set.intersection(*({case(r) for r in records if r["variant"] == form} for form in forms))
-    return [record for record in records if case(record) in shared]
+def cases_of(records: list[dict], variant: str) -> set[tuple]:
+    """The texts that a form has read."""
+    return {(r["task"], r["length"], r["trial"]) for r in records if r["variant"] == variant}
 
 
 def table(records: list[dict]) -> str:
-    """Markdown: per task and length the mean score of each form, and in brackets its fraction of dense."""
-    forms = [name for name in (*VARIANTS, *(v + WITH_ADAPTER for v in VARIANTS))
-             if any(r["variant"] == name for r in records)]  # fmt: skip
-    records = common_records(records)
-    means = mean_scores(records, "task", "length", "variant")
-    lines = ["| task | tokens | answers | " + " | ".join(forms) + " |", "|---|---:|---:|" + "---:|" * len(forms)]
-    for task, length in sorted({key[:2] for key in means}, key=lambda key: (Tasks.NAMES.index(key[0]), key[1])):
-        cells, dense = [], means.get((task, length, "dense"), {}).get("score", 0)
+    """Markdown: per task and length the mean score of each form, and its fraction of dense on the same texts.
+
+    Forms need not have read as many texts; each is compared with dense on those that both have read.
+    """
+    forms = forms_of(records)
+    read_by = {form: cases_of(records, form) for form in forms}
+    rows = sorted({case[:2] for cases in read_by.values() for case in cases}, key=_by_task)
+    lines = ["| task | tokens | " + " | ".join(forms) + " |", "|---|---:|" + "---:|" * len(forms)]
+    for task, length in rows:
+        cells = []
         for form in forms:
-            cell = means[task, length, form]
-            fraction = f" ({cell['score'] / dense:.2f})" if dense and form != "dense" else ""
-            cells.append(f"{cell['score']:.2f}{fraction}")
-        lines.append(f"| {task} | {length:,} | {cell['answers']} | " + " | ".join(cells) + " |")
+            shared = read_by[form] & read_by["dense"] if form != "dense" and "dense" in forms else read_by[form]
+            same = [r for r in records if (r["task"], r["length"], r["trial"]) in shared]
+            means = mean_scores([r for r in same if (r["task"], r["length"]) == (task, length)], "variant")
+            if (form,) not in means:
+                cells.append("")
+                continue
+            score, answers = means[form,].values()
+            dense = means["dense",]["score"] if form != "dense" and "dense" in forms else 0
+            cells.append(f"{score:.2f} of {answers}" + (f" ({score / dense:.2f})" if dense else ""))
+        lines.append(f"| {task} | {length:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _by_task(key: tuple) -> tuple:
+    return Tasks.NAMES.index(key[0]), key[1]
 
 
 def draw(result: dict, path: Path) -> None:
     """A heat-map per form and needle task: share found by depth and length."""
-    records = [record for record in common_records(result["records"]) if record["depth"] is not None]
+    records = [record for record in result["records"] if record["depth"] is not None]
     tasks = [task for task in Tasks.NAMES if any(record["task"] == task for record in records)]
     if not tasks:
         return
     lengths = sorted({record["length"] for record in records})
-    forms = list(dict.fromkeys(record["variant"] for record in records))
+    forms = forms_of(records)
     means = mean_scores(records, "task", "variant", "length", "depth")
     figure = Figure(figsize=(2.6 * len(forms), 2.8 * len(tasks)), layout="constrained")
     axes = figure.subplots(len(tasks), len(forms), squeeze=False, sharey=True)
     for row, task in zip(axes, tasks):
         for axis, form in zip(row, forms):
             grid = [[means.get((task, form, n, d), {}).get("score", float("nan")) for n in lengths] for d in DEPTHS]
-            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", alpha=0.75)
             for y, depth in enumerate(DEPTHS):
                 for x, length in enumerate(lengths):
                     cell = means.get((task, form, length, depth))
@@ -148,7 +160,11 @@ def main(arguments: list[str] | None = None) -> dict:
     model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tasks = Tasks(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids, options.haystack)
-    records, origin = open_record(options.output)
+    settings = {
+        "model": Path(path).name, "adapter": options.adapter and Path(options.adapter).name,
+        "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS,
+    }  # fmt: skip
+    records, beside = open_record(options.output, settings)
     done = {(r["task"], r["length"], r["trial"], r["variant"]) for r in records}
     suffix = WITH_ADAPTER if options.adapter else ""
     # All forms read a text before the next one is made, and short texts come first: a stop leaves a fair comparison.
@@ -166,10 +182,7 @@ def main(arguments: list[str] | None = None) -> dict:
                     rows = measure(model, tokenizer, case, options.chunk_size)
                 key = {"variant": variant + suffix, "task": task, "length": length, "trial": trial}
                 records += [key | row for row in rows]
-                result = {
-                    **origin, "model": Path(path).name, "adapter": options.adapter,
-                    "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS, "records": records,
-                }  # fmt: skip
+                result = beside | {"records": records}
                 write_json(options.output, result)
                 bar.update()
     if len(result) > 1:

@@ -206,7 +206,11 @@ def main(arguments: list[str] | None = None) -> dict:
     path = options.model or str(smollm2_135m())
     model = load_model(path, options.adapter, dtype=getattr(torch, options.dtype)).to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    records, origin = open_record(options.output)
+    settings = {
+        "model": Path(path).name, "adapter": options.adapter and Path(options.adapter).name, "dtype": options.dtype,
+        "variants": VARIANTS, "windows of a text": options.windows,
+    }  # fmt: skip
+    records, beside = open_record(options.output, settings)
     done = {(r["variant"], r["text"], r["window"], r["length"]) for r in records}
     suffix = WITH_ADAPTER if options.adapter else ""
     todo = [
@@ -224,11 +228,7 @@ def main(arguments: list[str] | None = None) -> dict:
             row = read_window(model, tokens, options.chunk_size)
         key = {"variant": variant + suffix, "text": text, "window": window, "length": options.length}
         records.append(key | row)
-        result = {
-            **origin, "model": Path(path).name, "adapter": options.adapter, "dtype": options.dtype,
-            "variants": VARIANTS, "windows of a text": options.windows, "records": records,
-        }  # fmt: skip
-        write_json(options.output, result)
+        write_json(options.output, beside | {"records": records})
     same = [record for record in records if record["length"] == options.length]
     summary, costs = summarize(same), costs_of(same)
     result = json.loads(options.output.read_text()) | {"summary": summary, "costs": costs}

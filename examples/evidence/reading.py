@@ -30,15 +30,25 @@ VARIANTS: dict[str, dict | None] = {
 }  # fmt: skip
 
 
-def open_record(path: Path, rows: str = "records") -> tuple[list[dict], dict]:
-    """What a JSON file holds already, and where this run begins: its provenance, with that of the runs before it."""
-    origin = {"provenance": provenance(), "earlier runs": []}
+def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list[dict], dict]:
+    """The rows that a JSON file holds already, and what stands beside them when this run writes: its provenance, those
+    of the runs before it, and `settings`, of which None agrees with everything.
+
+    Raises:
+        ValueError: the file was measured with other settings.
+    """
+    beside, settings = {"provenance": provenance(), "earlier runs": []}, json.loads(json.dumps(settings))
     if not path.exists():
-        return [], origin
+        return [], beside | settings
     found = json.loads(path.read_text())
+    for name, value in settings.items():
+        before = found.get(name)
+        if None not in (before, value) and before != value:
+            raise ValueError(f"`output`: {path} was measured with {name} {before!r}, not {value!r}: name another file.")
+        settings[name] = before if value is None else value
     runs = [*found["earlier runs"], found["provenance"]]
-    origin["earlier runs"] = [run for i, run in enumerate(runs) if run not in (*runs[:i], origin["provenance"])]
-    return found[rows], origin
+    beside["earlier runs"] = [run for i, run in enumerate(runs) if run not in (*runs[:i], beside["provenance"])]
+    return found[rows], beside | settings
 
 
 def load_model(model: str | Path, adapter: str | Path | None = None, **kwargs) -> PreTrainedModel:

@@ -6,8 +6,8 @@ Forward passes over one text: of the attention alone (`operator`), and of a smal
 heads). LongNet's schedule grows with the text, w = 512, 1,024, ... and r = 1, 2, ..., until a segment covers it; dense
 attention is PyTorch's, and in the model the same LongNet with one segment. The paper shows the time of a forward whose
 tokens are spread over ever more devices: flat for dilated attention, growing for dense. On one device that is the time
-per token. A side stops where its next length would take longer than `--budget` seconds. Each point is written when it
-is measured; run it again to go on.
+per token. A side stops where a GPU's memory ends, or its next length would take longer than `--budget` seconds ("not
+tried"). Each point is written when it is measured; run it again to go on.
 """
 
 import argparse
@@ -79,6 +79,8 @@ def fits(rows: list[dict], kind: str, side: str, length: int, budget: float) -> 
     if not known:
         return True
     last = max(known, key=lambda row: row["tokens"])
+    if last["seconds"] is None:
+        return False
     return last["seconds"] * (length / last["tokens"]) ** (2 if side == "dense" else 1) <= budget
 
 
@@ -90,7 +92,7 @@ def draw(result: dict, path: Path) -> None:
         lengths = sorted({row["tokens"] for row in rows if row["kind"] == kind})
         for color, side in zip(("tab:orange", "tab:blue"), SIDES):
             points = sorted((r["tokens"], 1e3 * r["seconds"] / r["tokens"]) for r in rows
-                            if (r["kind"], r["side"]) == (kind, side))  # fmt: skip
+                            if (r["kind"], r["side"]) == (kind, side) and r["seconds"])  # fmt: skip
             axis.plot(*zip(*points), "o-", color=color, label=f"{side}, measured")
             (n, last), shape = points[-1], "constant" if side == "LongNet" else "in proportion to the length"
             line = [last * (1 if side == "LongNet" else length / n) for length in lengths]
@@ -112,9 +114,9 @@ def table(rows: list[dict], budget: float) -> str:
     for length in sorted({row["tokens"] for row in rows}):
         cells = []
         for kind, side in columns:
-            seconds = found.get((kind, side, length))
-            missing = "" if fits(rows, kind, side, length, budget) else "too slow"
-            cells.append(missing if seconds is None else f"{1e6 * seconds / length:,.1f}")
+            seconds = found.get((kind, side, length), 0)
+            missing = "" if fits(rows, kind, side, length, budget) else "not tried"
+            cells.append(f"{1e6 * seconds / length:,.1f}" if seconds else missing if seconds == 0 else "out of memory")
         lines.append(f"| {length:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -134,19 +136,22 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, value in SCALES[options.scale].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    rows, origin = open_record(options.output, "rows")
+    clock = "clock" if options.device == "cuda" else "processor"
+    settings = {"first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype, "time": clock}
+    rows, beside = open_record(options.output, settings, "rows")
     done, result = {(row["kind"], row["side"], row["tokens"]) for row in rows}, {"rows": rows}
     todo = [(k, s, n) for n in sorted(options.lengths) for k in options.kinds for s in SIDES if (k, s, n) not in done]
     for kind, side, length in tqdm(todo, unit="point"):
         if not fits(rows, kind, side, length, options.budget):
             continue
         torch.manual_seed(0)
-        run = KINDS[kind](side, length, getattr(torch, options.dtype), options.device)
-        rows.append({"kind": kind, "side": side, "tokens": length, "seconds": seconds_of(run, options.device)})
-        result = {
-            **origin, "first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype,
-            "time": "clock" if options.device == "cuda" else "processor", "rows": rows,
-        }  # fmt: skip
+        try:
+            run = KINDS[kind](side, length, getattr(torch, options.dtype), options.device)
+            seconds = seconds_of(run, options.device)
+        except torch.OutOfMemoryError:
+            seconds = None
+        rows.append({"kind": kind, "side": side, "tokens": length, "seconds": seconds})
+        result = beside | {"rows": rows}
         write_json(options.output, result)
     if len(result) > 1:
         options.output.with_suffix(".md").write_text(table(rows, options.budget))
