@@ -2,9 +2,10 @@
 
     python -m examples.benchmarks.memory_cost --output docs/results/memory_cost.json
 
-Random queries, keys and values, float32. The ways take turns; each figure is the least of the rounds' processor times,
-so that other work on the machine counts little. Choice and attention of the memory are told apart. Decoding is one token
-after so many, in place and from files of which the system has the pages in memory; with the bytes that it reads.
+Random queries, keys and values, float32. The ways take turns; each figure is the least of the rounds' processor
+times, so that other work on the machine counts little. Choice and attention of the memory are told apart. Decoding is
+one token after so many, in place and from files of which the system has the pages in memory; with the bytes that it
+reads.
 """
 
 import argparse
