@@ -16,7 +16,7 @@ from .dilated_cache_export import register_for_export
 from .dilated_cache_layer import DilatedLayer, Step, dilated_layer_indices
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, Heads, as_integer
-from .document_ids import Documents, find_documents, order_of_padding_behind, restore_order
+from .document_ids import Documents, check_padding, find_documents, padding_first, restore_order
 from .memory_store import open_store
 from .transformers_compat import (
     LinearAttentionCacheLayerMixin,
@@ -34,29 +34,6 @@ ABORTED = (
     "`cache`: a forward with this cache did not end (an error or an interruption): its layers disagree. Call "
     "`reset()`, or load the state that was saved last."
 )
-
-
-def _padding_first(documents: Documents) -> Documents:
-    """With an order that puts padding before the tokens, if there is some behind them; positions stay as they are."""
-    ids = documents.ids
-    if ids is None or documents.order is not None or torch.compiler.is_compiling():
-        return documents
-    order = order_of_padding_behind(ids >= 0)
-    return documents if order is None else documents._replace(ids=ids.gather(1, order), order=order)
-
-
-def _check_padding(ids: torch.Tensor, has_waiting: torch.Tensor) -> None:
-    """Refuses what slots cannot hold: `ids` [B, Q]; `has_waiting` [B], rows of which tokens wait for a `crop`."""
-    if torch.compiler.is_compiling():
-        return
-    padding = ids < 0
-    if bool((padding[:, 1:] & ~padding[:, :-1]).any() or (padding[:, 0] & has_waiting).any()):
-        raise ValueError(
-            "`attention_mask`: a bounded cache takes padding only before the tokens (pad on the left), got padding "
-            "behind tokens."
-        )
-    if bool(((ids != ids.amax(1, keepdim=True)) & ~padding).any()):
-        raise ValueError("`position_ids`: a bounded cache holds one document per row, got several in one.")
 
 
 class DilatedCache(DynamicCache):
@@ -154,7 +131,7 @@ class DilatedCache(DynamicCache):
             key_length=query_length, device=device,
         )  # fmt: skip
         self.check_positions(position_ids, documents.ids)
-        documents = _padding_first(documents)
+        documents = padding_first(documents)
         self.had_padding_behind |= documents.order is not None
         if self.positions is None:
             return documents
@@ -321,7 +298,7 @@ class DilatedCache(DynamicCache):
         if ids is None:
             new_pads = torch.zeros_like(first)
         else:
-            _check_padding(ids, self.waiting > self.pads)
+            check_padding(ids, self.waiting > self.pads)
             new_pads = (ids < 0).sum(-1)
         if self.rope is not None:
             self._check_frequencies(first, first + query_length - new_pads)

@@ -353,3 +353,26 @@ def reorder(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
 def restore_order(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
     """The inverse of `reorder`."""
     return reorder(x, order.argsort(dim=1), dim)
+
+
+def padding_first(documents: Documents) -> Documents:
+    """With an order that puts padding before the tokens, if there is some behind them; positions stay as they are."""
+    ids = documents.ids
+    if ids is None or documents.order is not None or torch.compiler.is_compiling():
+        return documents
+    order = order_of_padding_behind(ids >= 0)
+    return documents if order is None else documents._replace(ids=ids.gather(1, order), order=order)
+
+
+def check_padding(ids: torch.Tensor, has_waiting: torch.Tensor) -> None:
+    """Refuses what slots cannot hold: `ids` [B, Q]; `has_waiting` [B], rows of which tokens wait for a `crop`."""
+    if torch.compiler.is_compiling():
+        return
+    padding = ids < 0
+    if bool((padding[:, 1:] & ~padding[:, :-1]).any() or (padding[:, 0] & has_waiting).any()):
+        raise ValueError(
+            "`attention_mask`: a bounded cache takes padding only before the tokens (pad on the left), got padding "
+            "behind tokens."
+        )
+    if bool(((ids != ids.amax(1, keepdim=True)) & ~padding).any()):
+        raise ValueError("`position_ids`: a bounded cache holds one document per row, got several in one.")
