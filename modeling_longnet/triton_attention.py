@@ -50,7 +50,7 @@ class Tiles:
 
 
 def choose_tiles(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
-    """By the compile check: large, and spilling no registers. No GPU has measured them yet."""
+    """By the compile check: large, and spilling at most a few bytes. No GPU has measured them yet."""
     if kernel == "sink_grad":
         return Tiles(min(64, 4096 // width), 16, 4, 1 if dtype == torch.float32 else 2)
     if dtype == torch.float32:
