@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +269,18 @@ def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
                          str(tmp_path / "x.json")])["rows"]  # fmt: skip
     assert [(row["tokens"], row["seconds"]) for row in rows[2:]] == [(128, None)] * 2
     assert (tmp_path / "x.md").read_text().splitlines()[-1] == "| 128 | out of memory | out of memory |"
+
+
+def test_the_document_shows_the_tables_of_the_records():
+    docs = Path(__file__).parents[1] / "docs"
+    text, records = (docs / "evidence.md").read_text(), {}
+    for name in ("needles", "positions", "runtime"):
+        written = (docs / f"results/evidence_{name}.md").read_text()
+        assert written in text
+        records[name] = json.loads((docs / f"results/evidence_{name}.json").read_text()), written
+    found, written = records["needles"]
+    assert needles.table(found["records"]) == written
+    found, written = records["positions"]
+    assert positions.table(found["summary"], found["costs"]) == written
+    found, written = records["runtime"]
+    assert runtime.table(found["rows"], budget=30) == written
