@@ -28,11 +28,14 @@ def python_docs() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def python_source() -> str:
+def python_source_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
-    files = (path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts))
-    return _join(files, root)
+    return [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
+
+
+def python_source() -> str:
+    return _join(python_source_files(), Path(sysconfig.get_paths()["stdlib"]))
 
 
 def king_james() -> str:

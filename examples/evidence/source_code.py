@@ -1,18 +1,15 @@
 """Bytes of Python's own standard library, which every machine has: files to train on, and files to test on."""
 
-import sysconfig
 from pathlib import Path
 
 import torch
 
-
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+from examples.texts import python_source_files
 
 
 def source_files() -> list[Path]:
     """All modules without tests, in the order of a fixed shuffle, so that every part of the list is of every kind."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(root.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(root).parts)]
+    files = python_source_files()
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
     return [files[i] for i in order]
 
