@@ -216,7 +216,10 @@ class DilationSchedule:
         if torch.compiler.is_compiling() or given.get("memory") is not None:
             return cls(**given)
         values = (tuple(x) if isinstance(x, list) else x for x in given.values())
-        return _checked(str(given), tuple(given), *values)  # each layer asks at each token
+        try:
+            return _checked(str(given), tuple(given), *values)  # each layer asks at each token
+        except TypeError:  # a value that cannot be a key; the constructor says what is wrong with it
+            return cls(**given)
 
     def to_text(self) -> str:
         """The schedule without its memory, as registered operators take it, which take no Python objects."""
