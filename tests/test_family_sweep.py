@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_families import make_tiny
 
-from modeling_longnet import dilated_cache, patched_attention
+from modeling_longnet import dilated_cache_generation, patched_attention
 from modeling_longnet.patching import is_patched, patch_model, report
 from modeling_longnet.transformers_compat import release
 
@@ -74,7 +74,7 @@ def test_a_family_without_a_bounded_cache_says_so_and_generates(family, why, mon
     prompt = torch.randint(2, 97, (1, 12))
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     said = []
-    monkeypatch.setattr(dilated_cache.logger, "warning_once", said.append)
+    monkeypatch.setattr(dilated_cache_generation.logger, "warning_once", said.append)
     model.generate(prompt, **options)
     assert [text for text in said if f"`generate` takes {type(model).__name__}'s own cache, which grows" in text]
 

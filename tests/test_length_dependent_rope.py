@@ -117,7 +117,9 @@ def test_a_bounded_cache_equals_the_whole_forward_or_refuses(model):
                 break
         assert refused is not fits
         if fits:
-            assert_close(torch.cat(logits, dim=1), model(input_ids=x[:, :total], use_cache=False).logits)
+            # Logits of up to 7, and either side within 1e-5 of float64, where they are equal.
+            whole = model(input_ids=x[:, :total], use_cache=False).logits
+            assert_close(torch.cat(logits, dim=1), whole, atol=2e-5, rtol=0)
 
 
 def forget(model) -> None:
