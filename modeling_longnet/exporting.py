@@ -50,6 +50,23 @@ def _auto_class_of(model: nn.Module) -> str:
     )
 
 
+def _refuse_to_export(model: nn.Module, base: nn.Module) -> None:
+    if base is not model or has_own_adapter(base):
+        raise ValueError("`model` has an adapter: merge it first (`model = model.merge_and_unload()`).")
+    if not is_patched(base):
+        raise ValueError(f"{type(base).__name__} is not patched: call `patch_model` first.")
+    if text_config_of(base.config) is not base.config:
+        raise ValueError(
+            f"`model` must be a language model by itself, got {type(base).__name__}, a composite one: save it by "
+            "`save_pretrained` (or `push_to_hub`) and load it by `load_patched_model`."
+        )
+    if (base.config.dilated_attention.get("memory") or {}).get("dimensions"):
+        raise ValueError(
+            "`model` has a memory with calibrated dimensions, which an export does not carry yet: use "
+            "`save_pretrained` and `load_patched_model`, or patch without `dimensions`."
+        )
+
+
 def export_patched_model(
     model: nn.Module,
     folder: str | Path,
@@ -78,20 +95,7 @@ def export_patched_model(
         ValueError: a model that is not patched, has an adapter, or is not of one of Transformers' own classes.
     """
     base, folder = _unwrap(model), Path(folder)
-    if base is not model or has_own_adapter(base):
-        raise ValueError("`model` has an adapter: merge it first (`model = model.merge_and_unload()`).")
-    if not is_patched(base):
-        raise ValueError(f"{type(base).__name__} is not patched: call `patch_model` first.")
-    if text_config_of(base.config) is not base.config:
-        raise ValueError(
-            f"`model` must be a language model by itself, got {type(base).__name__}, a composite one: save it by "
-            "`save_pretrained` (or `push_to_hub`) and load it by `load_patched_model`."
-        )
-    if (base.config.dilated_attention.get("memory") or {}).get("dimensions"):
-        raise ValueError(
-            "`model` has a memory with calibrated dimensions, which an export does not carry yet: use "
-            "`save_pretrained` and `load_patched_model`, or patch without `dimensions`."
-        )
+    _refuse_to_export(model, base)
     # What was loaded from an export carries its code along by itself.
     is_export = MODELING_FILE in type(base).__module__
     auto_class = None if is_export else _auto_class_of(base)
