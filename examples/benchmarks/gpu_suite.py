@@ -138,7 +138,7 @@ def launches(sizes: dict) -> Iterator[dict]:
                 tensors, backward,
             )  # fmt: skip
             run()
-            with profile(activities=activities) as found:
+            with profile(activities=activities, acc_events=True) as found:
                 run()
             counts.append(sum(e.device_type == DeviceType.CUDA or not on_gpu for e in found.events()))
         yield {"backend": backend, "tokens": sizes["launch_length"], "forward": counts[0], "both": counts[1]}
