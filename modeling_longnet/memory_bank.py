@@ -121,12 +121,17 @@ class MemoryBank:
             if as_integer(value) is None or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         lengths = [len(x) for x in documents]
+        if not sum(lengths):
+            raise ValueError("`documents` must hold at least a token.")
+        ids = torch.cat([torch.as_tensor(x, dtype=torch.long).flatten() for x in documents])
+        words = model.get_input_embeddings().num_embeddings
+        if ids.min() < 0 or ids.max() >= words:
+            wrong = ids[(ids < 0) | (ids >= words)][0]
+            raise ValueError(f"`documents` must hold tokens of the model, 0 to {words - 1}, got {wrong}.")
         text = {
-            "input_ids": torch.cat([torch.as_tensor(x, dtype=torch.long).flatten() for x in documents]).int(),
+            "input_ids": ids.int(),
             "document_starts": torch.tensor([sum(lengths[:i]) for i in range(len(lengths))]),
         }
-        if not len(text["input_ids"]):
-            raise ValueError("`documents` must hold at least a token.")
         bank = _read_before(text, path)
         if bank is not None:
             bank.check(model)

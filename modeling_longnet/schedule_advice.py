@@ -1,7 +1,7 @@
 """A schedule for a model, a context and a budget, by what was measured."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -67,21 +67,24 @@ def suggest_schedule(
         budget: mean number of keys of a query, kept within a tenth; by default a quarter of `context`, at most 1,024.
 
     Raises:
-        ValueError: for a context or a budget that no schedule has.
+        ValueError: for a context or a budget that no schedule has, a context beyond learned positions, and what is no
+            model.
 
     Source: the geometric form is that of LongNet (arXiv 2307.02486), section 3.1; the rest are this project's studies.
     """
-    config = text_config_of(model.config if isinstance(model, PreTrainedModel) else model)
+    config = getattr(model, "config", model)
+    if not isinstance(config, PreTrainedConfig) or not hasattr(text_config_of(config), "num_attention_heads"):
+        raise ValueError(f"`model` must be a model of Transformers or its configuration, got {type(model).__name__}.")
+    config = text_config_of(config)
     context = _check("context", context, _SMALLEST)
     budget = min(1024, context // 4) if budget is None else _check("budget", budget, 1)
     pretrained = not isinstance(config, LongNetConfig)
+    settings, notes = _positions(config, context) if pretrained else ({}, [])
     schedule = _largest(_pretrained_forms if pretrained else _paper_forms, context, budget)
+    if pretrained and not getattr(config, "rope_parameters", None):
+        known = getattr(config, "max_position_embeddings", None) or LARGEST
+        schedule = replace(schedule, segment_lengths=[min(w, known) for w in schedule.segment_lengths])
     heads = config.num_attention_heads
-    settings, notes = {}, []
-    native = getattr(config, "max_position_embeddings", None) if pretrained else None
-    if native and context > native:
-        settings["rope_scaling"] = {"rope_type": "yarn", "factor": float(-(-context // native))}
-        notes.append(f"the model was trained on {native} tokens: `rope_scaling` stretches its positions.")
     if pretrained:
         notes.append("untrained it finds no facts outside its window: `memory={}` does (docs/memory_study.md).")
     if unread := schedule.unread_offsets(heads):
@@ -98,6 +101,20 @@ def suggest_schedule(
         rows_per_key_value_head=bounded_rows(schedule, heads, getattr(config, "num_key_value_heads", None) or heads),
         notes=tuple(notes),
     )
+
+
+def _positions(config: PreTrainedConfig, context: int) -> tuple[dict, list[str]]:
+    """How a pretrained model gets positions beyond those that it was trained on, as settings and notes."""
+    native, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if not native or context <= native:
+        return {}, []
+    if not rope:
+        raise ValueError(f"`context` must be at most {native}, the positions that the model knows, got {context}.")
+    kinds = rope.get("full_attention", rope)
+    if kinds.get("rope_type", "default") != "default":
+        return {}, [f"the model's positions are scaled to {native} tokens already: choose a `rope_scaling` yourself."]
+    settings = {"rope_scaling": {"rope_type": "yarn", "factor": float(-(-context // native))}}
+    return settings, [f"the model was trained on {native} tokens: `rope_scaling` stretches its positions."]
 
 
 def _check(name: str, value: object, least: int) -> int:

@@ -200,3 +200,13 @@ def test_a_longnet_reads_a_bank(tmp_path):
     made = model.generate(text, max_new_tokens=4, do_sample=False, **named_cache(bank.start_cache(model)))
     assert torch.equal(made, model.generate(text, max_new_tokens=4, do_sample=False))
     assert DilatedCache(model.config).memory_footprint() == 0
+
+
+@pytest.mark.parametrize("documents, said", [
+    ([], "at least a token"), ([[], []], "at least a token"), ([[1, 2, 300]], "0 to 96, got 300"),
+    ([[1], [-1]], "0 to 96, got -1"),
+])  # fmt: skip
+def test_documents_without_tokens_of_the_model_are_refused(documents, said, tmp_path):
+    with pytest.raises(ValueError, match=f"`documents` must hold .*{said}"):
+        MemoryBank.from_tokens(with_memory("alone"), documents, tmp_path / "bank", progress=False)
+    assert not (tmp_path / "bank").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import (
     DilationSchedule,
@@ -100,3 +100,26 @@ def test_a_patch_takes_the_settings_and_reports_the_same_cost():
 def test_contexts_and_budgets_that_have_no_schedule_are_refused(name, arguments):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         suggest_schedule(LLAMA, *arguments)
+
+
+def test_a_model_of_learned_positions_gets_no_schedule_beyond_them():
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=250, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
+    suggestion = suggest_schedule(config, 250)
+    assert suggestion.settings["segment_lengths"][-1] == 250 and "rope_scaling" not in suggestion.settings
+    assert is_patched(patch_model(GPT2LMHeadModel(config), **suggestion.settings))
+    with pytest.raises(ValueError, match="`context` must be at most 250, the positions that the model knows, got 1024"):
+        suggest_schedule(config, 1024)
+
+
+def test_positions_that_are_scaled_already_are_not_scaled_again():
+    scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
+    config = LlamaConfig(**{**LLAMA.to_dict(), "rope_parameters": scaled})
+    suggestion = suggest_schedule(config, 16384)
+    assert "rope_scaling" not in suggestion.settings and "scaled to 8192 tokens already" in str(suggestion)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ValueError, match="`model` must be a model of Transformers or its configuration, got str"):
+        suggest_schedule("gpt2", 1024)
