@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
-import torch
-
 from .memory_spec import MemorySpec
 from .transformers_compat import text_config_of
 
@@ -59,12 +57,6 @@ def _check_integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     if any(later < earlier for earlier, later in zip(values, values[1:])):
         raise ValueError(f"`{name}` must not decrease from one pattern to the next, got {list(values)!r}.")
     return tuple(values)
-
-
-@lru_cache(maxsize=64)
-def _checked(told: str, names: tuple[str, ...], *values) -> "DilationSchedule":
-    """The schedule of these values; `told` keeps apart what is equal to another value, but none (True and 1)."""
-    return DilationSchedule(**dict(zip(names, values)))
 
 
 @dataclass(frozen=True)
@@ -212,14 +204,7 @@ class DilationSchedule:
                 "`config` must be that of a LongNet or of a patched model, got "
                 f"{type(config).__name__} without a schedule."
             )
-        given = {name: settings[name] for name in _FIELDS if name in settings}
-        if torch.compiler.is_compiling() or given.get("memory") is not None:
-            return cls(**given)
-        values = (tuple(x) if isinstance(x, list) else x for x in given.values())
-        try:
-            return _checked(str(given), tuple(given), *values)  # each layer asks at each token
-        except TypeError:  # a value that cannot be a key; the constructor says what is wrong with it
-            return cls(**given)
+        return cls(**{name: settings[name] for name in _FIELDS if name in settings})
 
     def to_text(self) -> str:
         """The schedule without its memory, as registered operators take it, which take no Python objects."""

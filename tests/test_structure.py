@@ -20,7 +20,6 @@ ALLOWED = {
     "plan_token keeps results": "a pure function of numbers and a schedule",
     "read_layout_name keeps results": "a pure function of a text",
     "_tables keeps results": "a pure function of numbers, a schedule and a device",
-    "_checked keeps results": "a pure function of values and their text",
     "from_text keeps results": "a pure function of a text",
     "eager_attention_of keeps results": "a module that is loaded stays what it is",
     "plan_launches keeps results": "a pure function of numbers and a schedule",
