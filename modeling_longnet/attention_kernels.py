@@ -175,6 +175,12 @@ def why_not(backend: str, query: torch.Tensor, dropout: float) -> str | None:
     return f"flash-attn takes head dimensions up to 256, got {width}" if width > 256 else None
 
 
+def check_backend(backend: object) -> None:
+    """Raises a ValueError for what is neither None nor the name of a backend."""
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
+        raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+
+
 def choose_backend(backend: str | None, query: torch.Tensor, dropout: float) -> str:
     """The backend to run: the one asked for by name, or with None the first that can.
 
@@ -183,8 +189,7 @@ def choose_backend(backend: str | None, query: torch.Tensor, dropout: float) -> 
     """
     if backend is None:
         return next(name for name in ("flash_attention_2", "sdpa", "eager") if not why_not(name, query, dropout))
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    check_backend(backend)
     reason = why_not(backend, query, dropout)
     if reason:
         raise ValueError(f"`backend={backend!r}` cannot run these inputs: {reason}.")

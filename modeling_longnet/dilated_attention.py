@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
-from .attention_kernels import BACKENDS, as_autocast, choose_backend, get_kernel, refuse_tangents
+from .attention_kernels import as_autocast, check_backend, choose_backend, get_kernel, refuse_tangents
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, Heads, as_integer
 from .document_ids import document_positions
@@ -412,8 +412,7 @@ class DilatedAttention(nn.Module):
         if kv_heads < 1 or num_heads % kv_heads:
             given = f"{num_heads} and {kv_heads}"
             raise ValueError(f"`num_heads` must be a multiple of `num_key_value_heads`, got {given}.")
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+        check_backend(backend)
         self.schedule = DilationSchedule(segment_lengths, dilation_rates, is_causal, **options)
         self.head_dim, self.dropout, self.backend = hidden_size // num_heads, dropout, backend
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)

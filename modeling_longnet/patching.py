@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 from .adapter_files import SETTINGS_NAME, AdapterRecord, resize_for_adapter, write_settings
-from .attention_kernels import BACKENDS
+from .attention_kernels import check_backend
 from .dilated_cache_generation import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule, as_plain
 from .memory_files import BASIS_NAME, read_bases, set_bases, write_bases
@@ -176,8 +176,7 @@ def patch_model(
     schedule = DilationSchedule(
         segment_lengths, dilation_rates, True, head_offsets, overlap, num_sink_tokens, "mask", local, memory
     )
-    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
-        raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    check_backend(backend)
     rope_scaling = as_plain("rope_scaling", rope_scaling)
     base = _unwrap(model)
     part = text_part(base)
