@@ -72,15 +72,15 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
     out, lse = _empty_out(query)
+    heads = Heads.of(query, key, *heads)
     if backend == "triton":
-        settings = (document_ids, query_offset, schedule, Heads.of(query, key, *heads), scale)
-        triton_forward(TritonCall(query, key, value, *settings), out, lse)
+        triton_forward(TritonCall(query, key, value, document_ids, query_offset, schedule, heads, scale), out, lse)
         return out, lse
     # Half precisions are mixed in float32: rounding between patterns would cost what the kernels took care to keep.
     mixed = out if query.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
     mixed.zero_()
     lse.fill_(-torch.inf)
-    kernel, heads = get_kernel(backend, query), Heads.of(query, key, *heads)
+    kernel = get_kernel(backend, query)
     is_single = query.shape[2] == 1 and schedule.padding == "mask"
     plan = plan_token if is_single else plan_blocks
     for rows, q, k, start, planned in _pieces(query, key, document_ids, query_offset, schedule, heads, plan):
@@ -102,11 +102,12 @@ def _backward(
     schedule = DilationSchedule.from_text(schedule)
     if offset_tensor is not None:
         query_offset = int(offset_tensor)
+    heads = Heads.of(query, key, *heads)
     if backend == "triton":
-        settings = (document_ids, query_offset, schedule, Heads.of(query, key, *heads), scale)
-        return triton_backward(TritonCall(query, key, value, *settings), grad, out, lse)
+        call = TritonCall(query, key, value, document_ids, query_offset, schedule, heads, scale)
+        return triton_backward(call, grad, out, lse)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
-    kernel, heads = get_kernel(backend, query), Heads.of(query, key, *heads)
+    kernel = get_kernel(backend, query)
     for rows, q, k, start, blocks in _pieces(query, key, document_ids, query_offset, schedule, heads):
         own_grad, own_query, own_out, own_lse, query_grad = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
         own_key, own_value, *key_grads = (x[rows, :, k] for x in (key, value, *grads[1:]))
