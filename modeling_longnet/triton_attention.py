@@ -74,25 +74,20 @@ def why_not_triton(query: torch.Tensor) -> str | None:
     return None
 
 
-def _covers(schedule: DilationSchedule, pattern: int, heads: tuple[int, int, int]) -> bool:
+def _covers(schedule: DilationSchedule, pattern: int, heads: Heads) -> bool:
     """Whether the pattern before `pattern` offers all keys of its own segment that any earlier one offers."""
-    count, start, total = heads
     first = bool(schedule.window)
     (w, r), rate = schedule.patterns[pattern - 1], schedule.dilation_rates[pattern]
     if w % r or rate % r or schedule.segment_lengths[pattern] % r:
         return False
     if any(w % other for other in schedule.segment_lengths[first : pattern - 1]):
         return False
-    offsets = ((schedule.offset(rate, j, total), schedule.offset(r, j, total)) for j in range(start, start + count))
-    return all(own % r == s for own, s in offsets)
+    return all(heads.offset(schedule, rate, j) % r == heads.offset(schedule, r, j) for j in range(heads.num_heads))
 
 
 @lru_cache(maxsize=512)
-def plan_launches(schedule: DilationSchedule, heads: tuple[int, int, int], reach: int) -> tuple[Launch, ...]:
-    """What to launch for documents of up to `reach` tokens, longest pattern first, and last what selects every query.
-
-    `heads`: how many there are, the index of the first one in the layer, all heads of the layer.
-    """
+def plan_launches(schedule: DilationSchedule, heads: Heads, reach: int) -> tuple[Launch, ...]:
+    """What to launch for documents of up to `reach` tokens, longest pattern first, last what selects every query."""
     first, once, launches = bool(schedule.window), schedule.overlap == "once", []
     for i in reversed(range(len(schedule.patterns))):
         w, r = schedule.patterns[i]
@@ -209,15 +204,14 @@ class TritonCall:
         if key.shape[2] > MAX_TOKENS:
             raise ValueError(f"`backend='triton'` takes up to {MAX_TOKENS} tokens, got {key.shape[2]}.")
         self.query, self.key, self.value = (_in_rows(x) for x in (query, key, value))
-        self.schedule, self.scale = schedule, scale
+        self.schedule, self.heads, self.scale = schedule, heads, scale
         self.rows = Rows(query, key, document_ids, query_offset)
         self.width = query.shape[-1]
-        self.heads = heads.num_heads, heads.first, heads.total or heads.num_heads
-        self.launches = plan_launches(schedule, self.heads, self.rows.reach)
+        self.launches = plan_launches(schedule, heads, self.rows.reach)
         self.selects_all = bool(self.launches) and self.launches[-1].r == 1
         self.common = {
             "batch": len(query), "heads": heads.num_heads, "groups": heads.num_kv_heads, "head_start": heads.first,
-            "total_heads": self.heads[2], "queries": query.shape[2], "length": key.shape[2],
+            "total_heads": heads.total or heads.num_heads, "queries": query.shape[2], "length": key.shape[2],
             "query_offset": query_offset, "sinks": min(schedule.num_sink_tokens, MAX_TOKENS),
             "scale": scale * 1.4426950408889634,  # log2(e): the kernels use powers of two
             "CAUSAL": schedule.is_causal, "D": self.width, "BD": max(16, 1 << (self.width - 1).bit_length()),
@@ -251,10 +245,9 @@ class TritonCall:
 
     def offsets(self, rate: int) -> int:
         """The most offsets that the query heads of one key/value head have in a pattern."""
-        heads, start, total = self.heads
-        share = heads // self.key.shape[1]
-        groups = (range(start + j, start + j + share) for j in range(0, heads, share))
-        return max(len({self.schedule.offset(rate, j, total) for j in group}) for group in groups)
+        heads, share = self.heads, self.heads.per_group
+        groups = (range(j, j + share) for j in range(0, heads.num_heads, share))
+        return max(len({heads.offset(self.schedule, rate, j) for j in group}) for group in groups)
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from modeling_longnet import (
     triton_attention,
 )
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
+from modeling_longnet.dilation_schedule import Heads
 from modeling_longnet.transformers_compat import CACHE, named_cache
 from modeling_longnet.triton_attention import Tiles, plan_launches
 
@@ -277,7 +278,7 @@ def test_one_launch_per_pattern_and_none_that_adds_nothing():
     assert names.count("key_grad_kernel") == 3 and len(names) == 12  # and row sums, sinks, the sum of their parts
     short = [kernel.__name__ for kernel, _, _ in record_launches(schedule, torch.bfloat16, 64, length=256)]
     assert short.count("forward_kernel") == 1
-    launches = plan_launches(schedule, (8, 0, 8), 8192)
+    launches = plan_launches(schedule, Heads(8, 8, 0, 8), 8192)
     assert [(launch.r, launch.inner) for launch in launches] == [(16, 1024), (4, 0), (1, 0)]
     assert all(launch.after_window for launch in launches[:2]) and launches[2].local
 
