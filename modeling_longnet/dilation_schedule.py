@@ -6,7 +6,7 @@ D head dimension, w segment length, r dilation rate, s offset of a head, i patte
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 
 from .memory_spec import MemorySpec
@@ -198,7 +198,7 @@ class DilationSchedule:
             config = text_config_of(config)
         settings = getattr(config, "dilated_attention", None)
         if settings is None:
-            settings = {name: getattr(config, name) for name in _FIELDS if hasattr(config, name)}
+            settings = {name: x for name in _FIELDS if (x := getattr(config, name, MISSING)) is not MISSING}
         if "segment_lengths" not in settings:
             raise ValueError(
                 "`config` must be that of a LongNet or of a patched model, got "
