@@ -140,6 +140,12 @@ def product(a, b, INTERPRETED: tl.constexpr):
 
 
 @jit
+def window_start(p, window, dense):
+    """The first key of the sliding window of the query at p."""
+    return tl.where(p >= dense, p - window + 1, 0)
+
+
+@jit
 def key_limit(p, origin, rate, rows, window, dense, inner, CAUSAL: tl.constexpr, AFTER_WINDOW: tl.constexpr,
               INNER: tl.constexpr):  # fmt: skip
     """The first lattice row that the query at p no longer sees."""
@@ -148,16 +154,10 @@ def key_limit(p, origin, rate, rows, window, dense, inner, CAUSAL: tl.constexpr,
         if INNER:  # an earlier pattern offered all keys of its own segment already
             limit = tl.minimum(limit, p // inner * inner)
         if AFTER_WINDOW:  # so did the window, and the dense start of the text
-            limit = tl.minimum(limit, tl.where(p >= dense, p - window + 1, 0))
+            limit = tl.minimum(limit, window_start(p, window, dense))
         return tl.minimum(rows_below(limit - origin, rate), rows)
     else:
         return p * 0 + rows
-
-
-@jit
-def window_start(p, window, dense):
-    """The first key of the sliding window of the query at p."""
-    return tl.where(p >= dense, p - window + 1, 0)
 
 
 @jit
