@@ -173,17 +173,22 @@ def hide_earlier(seen, p, k, head, total_heads, CONTIGUOUS: tl.constexpr, EARLIE
 
 
 @jit
-def key_ranges(first, last, origin, rate, rows, sinks, window, dense, inner, CAUSAL: tl.constexpr,
+def key_ranges(p, row, row_stop, origin, rate, rows, sinks, window, dense, inner, CAUSAL: tl.constexpr,
                LOCAL: tl.constexpr, AFTER_WINDOW: tl.constexpr, INNER: tl.constexpr, ALL_MASKED: tl.constexpr,
-               BN: tl.constexpr):  # fmt: skip
-    """For queries at positions first..last: (begin, a, b, stop). Keys of [a, b) are seen by all of them.
+               BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """For the queries of a tile, at positions p: (begin, a, b, stop, low, limit). Keys of [a, b) are seen by all.
 
     [begin, a) and [a, b) are whole tiles; the keys before `begin` are sinks or seen by none, as are those from `stop`.
+    Each query sees the keys of its own [low, limit), of which `low` counts if LOCAL.
     """
+    first = origin + rate * row
+    last = origin + rate * (tl.minimum(row + BM, row_stop) - 1)
     begin = rows_below(sinks - origin, rate)
     stop = key_limit(last, origin, rate, rows, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
     a = begin
+    low = p
     if LOCAL:
+        low = window_start(p, window, dense)
         begin = tl.maximum(begin, window_start(first, window, dense))
         ragged = tl.minimum(window_start(last, window, dense), stop) - begin
         a = begin + rows_below(ragged, BN) * BN
@@ -191,7 +196,8 @@ def key_ranges(first, last, origin, rate, rows, sinks, window, dense, inner, CAU
     if not ALL_MASKED:
         free = key_limit(first, origin, rate, rows, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
         b = a + tl.maximum(free - a, 0) // BN * BN
-    return begin, a, b, stop
+    limit = key_limit(p, origin, rate, rows, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
+    return begin, a, b, stop, low, limit
 
 
 @jit
@@ -271,14 +277,10 @@ def forward_kernel(Q, K, V, SOURCE, TARGET, LSE, TABLE, q_batch, q_head, q_token
     key_base = K + b * k_batch + g * k_head
     value_base = V + b * v_batch + g * v_head
     if KEYS:
-        begin, a, free, stop = key_ranges(
-            origin + rate * row, origin + rate * (tl.minimum(row + BM, row_stop) - 1), origin, rate, rows, sinks,
-            window, dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER, len(EARLIER_W) > 0, BN
+        begin, a, free, stop, low, limit = key_ranges(
+            p, row, row_stop, origin, rate, rows, sinks, window, dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER,
+            len(EARLIER_W) > 0, BM, BN
         )  # fmt: skip
-        limit = key_limit(p, origin, rate, rows, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
-        low = p
-        if LOCAL:
-            low = window_start(p, window, dense)
         k_rows = key_base + token * k_token
         v_rows = value_base + token * v_token
         for column in tl.range(a, free, BN):
@@ -392,14 +394,10 @@ def query_grad_kernel(Q, K, V, GRAD, LSE, SUMS, SOURCE, TARGET, TABLE, q_batch, 
     key_base = K + b * k_batch + g * k_head
     value_base = V + b * v_batch + g * v_head
     if KEYS:
-        begin, a, free, stop = key_ranges(
-            origin + rate * row, origin + rate * (tl.minimum(row + BM, row_stop) - 1), origin, rate, rows, sinks,
-            window, dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER, len(EARLIER_W) > 0, BN
+        begin, a, free, stop, low, limit = key_ranges(
+            p, row, row_stop, origin, rate, rows, sinks, window, dense, inner, CAUSAL, LOCAL, AFTER_WINDOW, INNER,
+            len(EARLIER_W) > 0, BM, BN
         )  # fmt: skip
-        limit = key_limit(p, origin, rate, rows, window, dense, inner, CAUSAL, AFTER_WINDOW, INNER)
-        low = p
-        if LOCAL:
-            low = window_start(p, window, dense)
         k_rows = key_base + token * k_token
         v_rows = value_base + token * v_token
         for column in tl.range(a, free, BN):
