@@ -80,6 +80,15 @@ def find_tile(
 
 
 @jit
+def find_lattice(segment, segment_length, s, start, length, query_offset, queries, rate):
+    """(origin and rows of the lattice, the first row that is a query, the end of those)."""
+    origin = segment * segment_length + s
+    rows = rows_below(tl.minimum(segment_length - s, length - origin), rate)
+    first_row = rows_below(query_offset - start - origin, rate)
+    return origin, rows, first_row, tl.minimum(rows, rows_below(query_offset + queries - start - origin, rate))
+
+
+@jit
 def find_queries(pid, TABLE, batch, head_start, total_heads, queries, length, query_offset, entries, first_segment,
                  segments, tiles, segment_length, rate, CONTIGUOUS: tl.constexpr, PACKED: tl.constexpr,
                  BM: tl.constexpr):  # fmt: skip
@@ -90,11 +99,10 @@ def find_queries(pid, TABLE, batch, head_start, total_heads, queries, length, qu
     )
     head = head_start + pid // entries
     s = head_offset(head, total_heads, rate, CONTIGUOUS)
-    origin = segment * segment_length + s
-    rows = rows_below(tl.minimum(segment_length - s, length - origin), rate)
-    row = rows_below(query_offset - start - origin, rate) + tile * BM
-    row_stop = tl.minimum(rows, rows_below(query_offset + queries - start - origin, rate))
-    return b, head, start, length, origin, rows, row, row_stop
+    origin, rows, first_row, row_stop = find_lattice(
+        segment, segment_length, s, start, length, query_offset, queries, rate
+    )
+    return b, head, start, length, origin, rows, first_row + tile * BM, row_stop
 
 
 @jit

@@ -13,7 +13,7 @@ try:
 except ImportError:
     tl = None
 
-from .triton_kernels import find_tile, hide_earlier, jit, load_rows, product, rows_below, store_rows
+from .triton_kernels import find_lattice, find_tile, hide_earlier, jit, load_rows, product, rows_below, store_rows
 
 
 @jit
@@ -96,13 +96,12 @@ def key_grad_kernel(Q, K, V, GRAD, LSE, SUMS, DK, DV, TABLE, q_batch, q_head, q_
     s, first_head, stop_head, head_step = group_heads(
         head_start + group * share, share, total_heads, rate, rest % offsets, CONTIGUOUS
     )
-    origin = segment * segment_length + s
-    rows = rows_below(tl.minimum(segment_length - s, length - origin), rate)
+    origin, rows, first_row, row_stop = find_lattice(
+        segment, segment_length, s, start, length, query_offset, queries, rate
+    )
     column = rows_below(sinks - origin, rate) + tile * BN
     if (first_head >= stop_head) | (column >= rows):
         return
-    first_row = rows_below(query_offset - start - origin, rate)
-    row_stop = tl.minimum(rows, rows_below(query_offset + queries - start - origin, rate))
     g = group.to(tl.int64)
     token = tl.cast(start + origin, tl.int64)
     here = token - query_offset
