@@ -139,6 +139,13 @@ def store_rows(base, first, stop, step, values, D: tl.constexpr, ROWS: tl.conste
 
 
 @jit
+def load_lse(pointers, inside):
+    """Log-sum-exps in powers of two; inf, which leaves no probabilities, where there is no query or it sees nothing."""
+    lse = tl.load(pointers, mask=inside, other=float("inf")) * 1.4426950408889634
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@jit
 def product(a, b, INTERPRETED: tl.constexpr):
     """a @ b, added up in float32. The interpreter multiplies the bit patterns of bfloat16, hence the cast there."""
     if INTERPRETED:
@@ -394,8 +401,7 @@ def query_grad_kernel(Q, K, V, GRAD, LSE, SUMS, SOURCE, TARGET, TABLE, q_batch, 
         GRAD + b * g_batch + h * g_head + here * g_token, row, row_stop, rate * g_token, D, BM, BD, True, WIDE
     )
     line = (b * heads + h) * queries + here + tl.cast(rate, tl.int64) * r
-    lse = tl.load(LSE + line, mask=r < row_stop, other=float("inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a query that sees nothing has no probabilities
+    lse = load_lse(LSE + line, r < row_stop)
     sums = tl.load(SUMS + line, mask=r < row_stop, other=0.0)
     place = b * o_batch + h * o_head + here * o_token
     dq = tl.zeros([BM, BD], tl.float32)

@@ -13,7 +13,17 @@ try:
 except ImportError:
     tl = None
 
-from .triton_kernels import find_lattice, find_tile, hide_earlier, jit, load_rows, product, rows_below, store_rows
+from .triton_kernels import (
+    find_lattice,
+    find_tile,
+    hide_earlier,
+    jit,
+    load_lse,
+    load_rows,
+    product,
+    rows_below,
+    store_rows,
+)
 
 
 @jit
@@ -57,8 +67,7 @@ def key_grad_tile(k, v, dk, dv, Q, GRAD, LSE, SUMS, row, row_stop, q_step, g_ste
     r = row + tl.arange(0, BM)
     place = tl.cast(row, tl.int64) * s_step + tl.arange(0, BM).to(tl.int64) * s_step
     if MASKED:
-        lse = tl.load(LSE + place, mask=r < row_stop, other=float("inf")) * 1.4426950408889634
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a query that sees nothing has no probabilities
+        lse = load_lse(LSE + place, r < row_stop)
         sums = tl.load(SUMS + place, mask=r < row_stop, other=0.0)
     else:
         lse = tl.load(LSE + place) * 1.4426950408889634
