@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from examples.evidence.reading import VARIANTS, ask, in_form, load_model, open_record, read
+from examples.evidence.reading import VARIANTS, ask, in_form, load_model, read
+from examples.evidence.records import open_record
 from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
 from examples.reporting import save_figure, write_json
 from examples.smollm2 import smollm2_135m

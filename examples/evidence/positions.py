@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Cache
 
 from examples.evidence.needles import WITH_ADAPTER
-from examples.evidence.reading import VARIANTS, in_form, load_model, new_cache, open_record
+from examples.evidence.reading import VARIANTS, in_form, load_model, new_cache
+from examples.evidence.records import open_record
 from examples.perplexity import position_buckets
 from examples.reporting import new_figure, save_figure, write_json
 from examples.smollm2 import smollm2_135m

@@ -1,6 +1,5 @@
 """What is compared, and how a text is read: the forms of attention, each over as many keys, and reading by chunks."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -10,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from examples.evidence.ruler_tasks import Question
-from examples.reporting import provenance
 from modeling_longnet import DilatedCache, patch_model, unpatch_model
 from modeling_longnet.patching import is_patched
 from modeling_longnet.transformers_compat import named_cache
@@ -28,27 +26,6 @@ VARIANTS: dict[str, dict | None] = {
     "default patch": {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]},
     "with memory": {"segment_lengths": [512], "dilation_rates": [1], "memory": {}},
 }  # fmt: skip
-
-
-def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list[dict], dict]:
-    """The rows that a JSON file holds already, and what stands beside them when this run writes: its provenance, those
-    of the runs before it, and `settings`, of which None agrees with everything.
-
-    Raises:
-        ValueError: the file was measured with other settings.
-    """
-    beside, settings = {"provenance": provenance(), "earlier runs": []}, json.loads(json.dumps(settings))
-    if not path.exists():
-        return [], beside | settings
-    found = json.loads(path.read_text())
-    for name, value in settings.items():
-        before = found.get(name)
-        if None not in (before, value) and before != value:
-            raise ValueError(f"`output`: {path} was measured with {name} {before!r}, not {value!r}: name another file.")
-        settings[name] = before if value is None else value
-    runs = [*found["earlier runs"], found["provenance"]]
-    beside["earlier runs"] = [run for i, run in enumerate(runs) if run not in (*runs[:i], beside["provenance"])]
-    return found[rows], beside | settings
 
 
 def load_model(model: str | Path, adapter: str | Path | None = None, **kwargs) -> PreTrainedModel:

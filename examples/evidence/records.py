@@ -1,4 +1,4 @@
-"""Measurements that are written when they are made, and not made twice."""
+"""Measurements that are written when they are made, and not made twice: those of a file, and what it still lacks."""
 
 import json
 from collections.abc import Callable
@@ -9,6 +9,31 @@ from tqdm import tqdm
 from examples.reporting import provenance, write_json
 
 
+def _check_settings(path: Path, found: dict, settings: dict) -> None:
+    for name, value in settings.items():
+        if name in found and found[name] != value:
+            raise ValueError(
+                f"`output`: {path} was measured with {name!r} {found[name]!r}, not {value!r}: name another file."
+            )
+
+
+def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list[dict], dict]:
+    """The rows that a JSON file holds already, and what stands beside them when this run writes: its provenance, those
+    of the runs before it, and `settings`, of which None agrees with everything.
+
+    Raises:
+        ValueError: the file was measured with other settings.
+    """
+    beside, settings = {"provenance": provenance(), "earlier runs": []}, json.loads(json.dumps(settings))
+    found = json.loads(path.read_text()) if path.exists() else {rows: []}
+    known = {name: found[name] for name in settings if found.get(name) is not None}
+    _check_settings(path, known, {name: value for name, value in settings.items() if value is not None})
+    if "provenance" in found:
+        runs = [*found["earlier runs"], found["provenance"]]
+        beside["earlier runs"] = [run for i, run in enumerate(runs) if run not in (*runs[:i], beside["provenance"])]
+    return found[rows], beside | settings | known
+
+
 def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Callable[..., dict]) -> dict:
     """What the file at `path` holds after `measure(**key)` for every key of `wanted` that it did not hold.
 
@@ -17,14 +42,14 @@ def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Cal
     Raises:
         ValueError: the file was measured with other settings.
     """
-    settings = json.loads(json.dumps(settings))
     result = json.loads(path.read_text()) if path.exists() else {"settings": {}, "records": []}
-    for name, value in settings.items():
-        if result["settings"].setdefault(name, value) != value:
-            raise ValueError(f"{path} was measured with another {name!r}: choose another `--output`, or move it away.")
-    done = [{name: record.get(name) for name in key} for record in result["records"] for key in wanted[:1]]
-    for key in tqdm([key for key in wanted if key not in done], unit="record"):
-        result["records"].append({**key, **measure(**key), "provenance": provenance()})
+    settings = json.loads(json.dumps(settings))
+    _check_settings(path, result["settings"], settings)
+    result["settings"] |= settings
+    records = result["records"]
+    missing = [key for key in wanted if not any(key.items() <= record.items() for record in records)]
+    for key in tqdm(missing, unit="record"):
+        records.append({**key, **measure(**key), "provenance": provenance()})
         write_json(path, result)
     return result
 

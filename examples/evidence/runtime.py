@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from examples.evidence.reading import open_record
+from examples.evidence.records import open_record
 from examples.reporting import new_figure, save_figure, write_json
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 
