@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def write_json(path: str | Path, result: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     temporary.replace(path)
+
+
+def write_beside(output: Path, table: str, draw: Callable[[dict, Path], None], result: dict) -> None:
+    """What is read of a result: its table, printed and beside the JSON file as .md, and its plot, .png."""
+    output.with_suffix(".md").write_text(table)
+    print(table)
+    draw(result, output.with_suffix(".png"))
 
 
 def new_figure(num_axes: int = 1):

@@ -23,7 +23,7 @@ from examples.evidence.recall import measure_recall
 from examples.evidence.records import mean, measure_missing
 from examples.evidence.source_code import source_bytes
 from examples.evidence.training import bits_per_byte, text_losses, train
-from examples.reporting import new_figure, save_figure
+from examples.reporting import new_figure, save_figure, write_beside
 
 
 SCALES = {
@@ -220,9 +220,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; table and plot are written beside it")
     options = parser.parse_args(arguments)
     result = run(options.output, options.scale, options.parts, options.systems, options.seeds, options.device)
-    options.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
-    draw(result, options.output.with_suffix(".png"))
+    write_beside(options.output, table(result), draw, result)
     return result
 
 

@@ -26,7 +26,7 @@ from examples.evidence.neighbours.transformers_models import llama
 from examples.evidence.records import measure_missing
 from examples.evidence.source_code import source_bytes
 from examples.evidence.training import bits_per_byte, text_losses, train
-from examples.reporting import new_figure, save_figure
+from examples.reporting import new_figure, save_figure, write_beside
 
 
 SCALES = {
@@ -164,9 +164,7 @@ def main(arguments: list[str] | None = None) -> dict:
     result = measure_missing(
         options.output, scale, wanted, lambda **key: measure(**key, scale=scale, device=options.device)
     )
-    options.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
-    draw(result, options.output.with_suffix(".png"))
+    write_beside(options.output, table(result), draw, result)
     return result
 
 

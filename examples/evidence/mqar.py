@@ -17,7 +17,7 @@ from examples.evidence.neighbours.systems import REFERENCE, SYSTEMS, build_syste
 from examples.evidence.neighbours.transformers_models import llama
 from examples.evidence.recall import measure_recall
 from examples.evidence.records import mean, measure_missing
-from examples.reporting import new_figure, save_figure
+from examples.reporting import new_figure, save_figure, write_beside
 
 
 def _patch(*patterns: tuple[int, int], **settings):
@@ -106,9 +106,7 @@ def main(arguments: list[str] | None = None) -> dict:
     wanted = [{"system": name, "seed": seed} for seed in range(options.seeds) for name in options.systems]
     settings = {"shape": scale["shape"], **scale["recall"]}
     result = measure_missing(options.output, settings, wanted, measure)
-    options.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
-    draw(result, options.output.with_suffix(".png"))
+    write_beside(options.output, table(result), draw, result)
     return result
 
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from examples.evidence.reading import VARIANTS, ask, in_form, load_model, read
 from examples.evidence.records import open_record
 from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
-from examples.reporting import save_figure, write_json
+from examples.reporting import save_figure, write_beside, write_json
 from examples.smollm2 import smollm2_135m
 
 
@@ -126,13 +126,6 @@ def draw(result: dict, path: Path) -> None:
     save_figure(figure, path, result["provenance"])
 
 
-def report(result: dict, output: Path) -> None:
-    """Writes all three files."""
-    write_json(output, result)
-    output.with_suffix(".md").write_text(table(result["records"]))
-    draw(result, output.with_suffix(".png"))
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id; default SmolLM2-135M-Instruct, from pip")
@@ -186,9 +179,10 @@ def main(arguments: list[str] | None = None) -> dict:
                 result = beside | {"records": records}
                 write_json(options.output, result)
                 bar.update()
-    if len(result) > 1:
-        report(result, options.output)
-    print(table(records) if records else "nothing asked")
+    if any(missing for *_, missing in todo):
+        write_beside(options.output, table(records), draw, result)
+    else:
+        print(table(records) if records else "nothing asked")
     return result
 
 

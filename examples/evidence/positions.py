@@ -23,7 +23,7 @@ from examples.evidence.needles import WITH_ADAPTER
 from examples.evidence.reading import VARIANTS, in_form, load_model, new_cache
 from examples.evidence.records import open_record
 from examples.perplexity import position_buckets
-from examples.reporting import new_figure, save_figure, write_json
+from examples.reporting import new_figure, save_figure, write_beside, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet.transformers_compat import named_cache
@@ -234,9 +234,7 @@ def main(arguments: list[str] | None = None) -> dict:
     summary, costs = summarize(same), costs_of(same)
     result = json.loads(options.output.read_text()) | {"summary": summary, "costs": costs}
     write_json(options.output, result)
-    options.output.with_suffix(".md").write_text(table(summary, costs))
-    draw(result | {"records": same}, options.output.with_suffix(".png"))
-    print(table(summary, costs))
+    write_beside(options.output, table(summary, costs), draw, result | {"records": same})
     return result
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from examples.evidence.records import open_record
-from examples.reporting import new_figure, save_figure, write_json
+from examples.reporting import new_figure, save_figure, write_beside, write_json
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 
 
@@ -153,10 +153,10 @@ def main(arguments: list[str] | None = None) -> dict:
         rows.append({"kind": kind, "side": side, "tokens": length, "seconds": seconds})
         result = beside | {"rows": rows}
         write_json(options.output, result)
-    if len(result) > 1:
-        options.output.with_suffix(".md").write_text(table(rows, options.budget))
-        draw(result, options.output.with_suffix(".png"))
-    print(table(rows, options.budget))
+    if len(rows) > len(done):
+        write_beside(options.output, table(rows, options.budget), draw, result)
+    else:
+        print(table(rows, options.budget))
     return result
 
 
