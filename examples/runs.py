@@ -3,6 +3,7 @@
 Options are written with hyphens, `--output-dir`; scripts whose options are a dataclass take `--output_dir` too.
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -36,6 +37,17 @@ def check_least(settings: Any, names: Iterable[str], least: int = 1) -> None:
     for name in names:
         if getattr(settings, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(settings, name)}.")
+
+
+def parse_scaled(
+    parser: argparse.ArgumentParser, scales: dict[str, dict], arguments: list[str] | None
+) -> argparse.Namespace:
+    """The options of a parser with a --scale: those that were not given are the scale's."""
+    options = parser.parse_args(arguments)
+    for name, value in scales[options.scale].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def geometric_patterns(length: int, first: int, ratio: int = 2, *, clip: bool = False) -> list[tuple[int, int]]:

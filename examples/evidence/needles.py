@@ -25,6 +25,7 @@ from examples.evidence.reading import VARIANTS, ask, in_form, load_model, read
 from examples.evidence.records import open_record
 from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
 from examples.reporting import save_figure, write_beside, write_json
+from examples.runs import parse_scaled
 from examples.smollm2 import smollm2_135m
 
 
@@ -140,11 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; .png and .md are written beside it")
-    options = parser.parse_args(arguments)
-    for name, value in SCALES[options.scale].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return parse_scaled(parser, SCALES, arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict:

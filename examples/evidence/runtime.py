@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from examples.evidence.records import open_record
 from examples.reporting import new_figure, save_figure, write_beside, write_json
+from examples.runs import parse_scaled
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 
 
@@ -132,10 +133,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of a forward that are worth waiting for")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; .png and .md are written beside it")
-    options = parser.parse_args(arguments)
-    for name, value in SCALES[options.scale].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options = parse_scaled(parser, SCALES, arguments)
     clock = "clock" if options.device == "cuda" else "processor"
     settings = {"first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype, "time": clock}
     rows, beside = open_record(options.output, settings, "rows")
