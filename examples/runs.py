@@ -66,6 +66,12 @@ def geometric_patterns(length: int, first: int, ratio: int = 2, *, clip: bool = 
     return [(min(w, length), r) for w, r in patterns] if clip else patterns
 
 
+def schedule_of(patterns: Iterable[tuple[int, int]]) -> dict[str, list[int]]:
+    """Patterns (w, r) as `patch_model` and configurations take them."""
+    lengths, rates = map(list, zip(*patterns))
+    return {"segment_lengths": lengths, "dilation_rates": rates}
+
+
 def end_script(main: Callable[[], Any], hint: str = "the same command with --resume goes on from a checkpoint") -> None:
     """Runs a script to its exit status: 0, 1 with a line for a bad option, 130 where it was interrupted (None)."""
     try:

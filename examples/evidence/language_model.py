@@ -27,6 +27,7 @@ from examples.evidence.records import measure_missing
 from examples.evidence.source_code import source_bytes
 from examples.evidence.training import bits_per_byte, text_losses, train
 from examples.reporting import new_figure, save_figure, write_beside
+from examples.runs import schedule_of
 
 
 SCALES = {
@@ -64,7 +65,7 @@ def _longnet(shape: ModelShape, reach: int | None) -> System:
     patch = dilated_patch(shape)
     if reach is not None:
         kept = [pattern for pattern in zip(patch["segment_lengths"], patch["dilation_rates"]) if pattern[0] <= reach]
-        patch["segment_lengths"], patch["dilation_rates"] = map(list, zip(*kept))
+        patch |= schedule_of(kept)
     return llama(shape, matched_width(REFERENCE, shape), patch)
 
 

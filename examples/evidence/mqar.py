@@ -18,19 +18,15 @@ from examples.evidence.neighbours.transformers_models import llama
 from examples.evidence.recall import measure_recall
 from examples.evidence.records import mean, measure_missing
 from examples.reporting import new_figure, save_figure, write_beside
+from examples.runs import schedule_of
 
 
 def _patch(*patterns: tuple[int, int], **settings):
     """Segments as multiples of the window w, with their rates."""
 
     def of(shape: ModelShape) -> dict:
-        lengths, rates = zip(*patterns)
-        return {
-            "segment_lengths": [length * shape.window for length in lengths],
-            "dilation_rates": list(rates),
-            "num_sink_tokens": 0,
-            **settings,
-        }
+        own = schedule_of((length * shape.window, rate) for length, rate in patterns)
+        return {**own, "num_sink_tokens": 0, **settings}
 
     return of
 

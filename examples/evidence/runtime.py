@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from examples.evidence.records import open_record
 from examples.reporting import new_figure, save_figure, write_beside, write_json
-from examples.runs import parse_scaled
+from examples.runs import geometric_patterns, parse_scaled, schedule_of
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 
 
@@ -34,11 +34,7 @@ SCALES = {
 
 def schedule(length: int) -> dict[str, list[int]]:
     """w and r that double until a segment covers the text."""
-    lengths, rates = [FIRST], [1]
-    while lengths[-1] < length:
-        lengths.append(2 * lengths[-1])
-        rates.append(2 * rates[-1])
-    return {"segment_lengths": lengths, "dilation_rates": rates}
+    return schedule_of(geometric_patterns(length, FIRST))
 
 
 def attention(side: str, length: int, dtype: torch.dtype, device: str) -> Callable[[], torch.Tensor]:

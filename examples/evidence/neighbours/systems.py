@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from examples.runs import geometric_patterns, schedule_of
+
 from .attention_patterns import Fixed, GlobalTokens, RandomBlocks, SlidingWindow
 from .backbone import Backbone, ModelShape, System
 from .gated_attention import FlashUnit
@@ -42,11 +44,7 @@ class Row:
 
 def dilated_patch(shape: ModelShape, growth: int = 4) -> dict:
     """Segments 4w, 16w, 64w ... with rates 1, 4, 16 ..., until they span the longest text."""
-    lengths, rates = [4 * shape.window], [1]
-    while lengths[-1] < shape.max_length:
-        lengths.append(lengths[-1] * growth)
-        rates.append(rates[-1] * growth)
-    return {"segment_lengths": lengths, "dilation_rates": rates, "num_sink_tokens": 0}
+    return schedule_of(geometric_patterns(shape.max_length, 4 * shape.window, growth)) | {"num_sink_tokens": 0}
 
 
 def window_patch(window: int, sinks: int = 0) -> dict:
