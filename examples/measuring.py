@@ -46,6 +46,14 @@ def reset_peak_memory(device: str | torch.device = "cpu") -> int:
     return memory_in_use(device)
 
 
+def clock(device: str = "cpu") -> float:
+    """Seconds that a device has worked: of all threads, which other load changes less; by the clock on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 def measure(run: Callable[[], object], device: str = "cpu") -> dict[str, float]:
     """Seconds of one call by the clock, and on a CPU those that all threads worked, which other load changes less."""
     if device == "cuda":
@@ -70,6 +78,10 @@ def in_turns(runs: dict, repeats: int, device: str = "cpu") -> dict[str, list[di
 
 def median(times: list[dict[str, float]], key: str = "seconds") -> float:
     return statistics.median(row[key] for row in times)
+
+
+def least(times: list[dict[str, float]], key: str = "seconds") -> float:
+    return min(row[key] for row in times)
 
 
 def median_ratio(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> float:

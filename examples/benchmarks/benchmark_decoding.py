@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import Cache, DynamicCache, StaticCache
 
-from examples.measuring import in_turns, median
+from examples.measuring import in_turns, least, median
 from examples.reporting import provenance, write_json
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.dilated_cache import DilatedCache
@@ -74,10 +74,7 @@ def read(model: LongNetForCausalLM, text: torch.Tensor, chunk_size: int | None) 
 def per_token(sides: dict[str, Callable[[], None]], rounds: int, tokens: int) -> dict[str, dict[str, float]]:
     """Minimum and median seconds per token of each side, which does `tokens` in a turn."""
     times = in_turns(sides, rounds)
-    return {
-        name: {"minimum": min(row["seconds"] for row in rows) / tokens, "median": median(rows) / tokens}
-        for name, rows in times.items()
-    }
+    return {name: {"minimum": least(rows) / tokens, "median": median(rows) / tokens} for name, rows in times.items()}
 
 
 @torch.no_grad()

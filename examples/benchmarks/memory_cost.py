@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from examples.measuring import in_turns
+from examples.measuring import in_turns, least
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from modeling_longnet.dilated_attention import dilated_attention
 from modeling_longnet.dilation_schedule import DilationSchedule, Heads
@@ -77,7 +77,7 @@ def decoding_ways(length: int, folder: Path) -> tuple[dict, dict]:
 
 
 def least_seconds(ways: dict, rounds: int) -> dict[str, float]:
-    return {name: min(turn["cpu_seconds"] for turn in turns) for name, turns in in_turns(ways, rounds).items()}
+    return {name: least(turns, "cpu_seconds") for name, turns in in_turns(ways, rounds).items()}
 
 
 def draw(result: dict, path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from examples.measuring import in_turns
+from examples.measuring import in_turns, least
 from examples.reporting import provenance, write_json
 from modeling_longnet import DilatedCache, patch_model
 from modeling_longnet.transformers_compat import named_cache
@@ -69,7 +69,7 @@ def measure_patched(layers: int, places: list[list[int]], rounds: int, count: in
             name: partial(decode, model, make(model, place), place, count) for name, (model, make) in models.items()
         }
         turns = in_turns(sides, rounds)
-        seconds = {name: min(turn["cpu_seconds"] for turn in turns[name]) / count for name in sides}
+        seconds = {name: least(turns[name], "cpu_seconds") / count for name in sides}
         results[", ".join(map(str, place))] = {
             name: {"cpu_seconds": taken, "over_dense": taken / seconds["dense, plain cache"]}
             for name, taken in seconds.items()

@@ -10,7 +10,6 @@ after each part and is not made again: stop it and go on with the same command.
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from examples.evidence.recall import measure_recall
 from examples.evidence.records import mean, measure_missing
 from examples.evidence.source_code import source_bytes
 from examples.evidence.training import bits_per_byte, text_losses, train
+from examples.measuring import clock
 from examples.reporting import new_figure, save_figure, write_beside
 
 
@@ -74,22 +74,14 @@ def measure_text(name: str, scale: dict, device: str, seed: int) -> dict:
     }
 
 
-def _clock(device: str) -> float:
-    """Process CPU seconds, which other work on the machine troubles least; on a GPU, wall seconds."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 @torch.no_grad()
 def _read(model: System, length: int, device: str) -> tuple[float, object]:
     """Seconds of reading `length` tokens and scoring the last, and the state that remains."""
     tokens = torch.randint(model.embedding_weight().shape[0], (1, length), device=device)
-    started = _clock(device)
+    started = clock(device)
     hidden_states, state = model.body(model.embed(tokens), keep_state=True)
     model.head(hidden_states[:, -1:])
-    return _clock(device) - started, state
+    return clock(device) - started, state
 
 
 @torch.no_grad()
@@ -97,9 +89,9 @@ def _decode(model: System, state: object, device: str, count: int = DECODED_TOKE
     """Median seconds of one more token."""
     token, times = torch.zeros(1, 1, dtype=torch.long, device=device), []
     for _ in range(count):
-        started = _clock(device)
+        started = clock(device)
         _, state = model(token, state, keep_state=True)
-        times.append(_clock(device) - started)
+        times.append(clock(device) - started)
     return sorted(times)[len(times) // 2]
 
 

@@ -11,7 +11,6 @@ tried"). Each point is written when it is measured; run it again to go on.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from examples.evidence.records import open_record
+from examples.measuring import clock
 from examples.reporting import new_figure, save_figure, write_beside, write_json
 from examples.runs import geometric_patterns, parse_scaled, schedule_of
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
@@ -62,11 +62,11 @@ KINDS = {"operator": attention, "model": small_model}
 
 def seconds_of(run: Callable[[], torch.Tensor], device: str, least: float = 0.5) -> float:
     """Seconds of one call, the least of several where it is short: processor time on a CPU, the clock's on a GPU."""
-    clock, times = (time.perf_counter if device == "cuda" else time.process_time), []
+    times = []
     while not times or sum(times) < least:
-        began = clock()
+        began = clock(device)
         run().isfinite().all().item()  # waits for a GPU
-        times.append(clock() - began)
+        times.append(clock(device) - began)
     return min(times)
 
 
@@ -130,8 +130,10 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; .png and .md are written beside it")
     options = parse_scaled(parser, SCALES, arguments)
-    clock = "clock" if options.device == "cuda" else "processor"
-    settings = {"first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype, "time": clock}
+    settings = {
+        "first segment": FIRST, "heads": HEADS, "width": WIDTH, "dtype": options.dtype,
+        "time": "clock" if options.device == "cuda" else "processor",
+    }  # fmt: skip
     rows, beside = open_record(options.output, settings, "rows")
     done, result = {(row["kind"], row["side"], row["tokens"]) for row in rows}, {"rows": rows}
     todo = [(k, s, n) for n in sorted(options.lengths) for k in options.kinds for s in SIDES if (k, s, n) not in done]
