@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from examples.measuring import in_turns, least, median
 from examples.reporting import provenance, write_json
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.dilated_cache import DilatedCache
+from modeling_longnet.transformers_compat import named_cache
 
 
 SEGMENTS, RATES = (1024, 4096, 16384, 65536), (1, 4, 16, 64)
@@ -36,22 +37,25 @@ def make_model(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...]
     return LongNetForCausalLM(config).eval()
 
 
-def bounded_at(model: LongNetForCausalLM, position: int) -> DilatedCache:
+def bounded_at(model: PreTrainedModel, *positions: int) -> DilatedCache:
+    """A bounded cache of rows that have read so many tokens."""
     cache = DilatedCache(model.config)
-    model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
+    model(torch.zeros(len(positions), 8, dtype=torch.long), **named_cache(cache))
     for layer in cache.dilated_layers:
         layer.keys.normal_()
         layer.values.normal_()
-    cache.positions.fill_(position)
-    cache.seen.fill_(position)
+    cache.positions.copy_(torch.tensor(positions))
+    cache.seen.fill_(max(positions))
     return cache
 
 
-def dense_at(model: LongNetForCausalLM, position: int, static: bool) -> Cache:
-    config = model.config
-    cache = StaticCache(config=config, max_cache_len=position + 4096) if static else DynamicCache(config=config)
+def dense_at(model: PreTrainedModel, *positions: int, static: bool = False) -> Cache:
+    """A full cache of rows that have read so many tokens, behind padding in the shorter ones."""
+    config, longest = model.config, max(positions)
+    cache = StaticCache(config=config, max_cache_len=longest + 4096) if static else DynamicCache(config=config)
+    shape = (2, len(positions), config.num_key_value_heads, longest, config.head_dim)
     for index in range(config.num_hidden_layers):
-        cache.update(*torch.randn(2, 1, config.num_attention_heads, position, config.head_dim), index)
+        cache.update(*torch.randn(shape, dtype=model.dtype), index)
     return cache
 
 
@@ -84,7 +88,7 @@ def measure(rounds: int, reading_rounds: int, tokens_per_turn: int, context: int
         "bounded cache at 5,000": (sparse, bounded_at(sparse, 5_000)),
         "bounded cache at 500,000": (sparse, bounded_at(sparse, 500_000)),
         f"bounded cache at {context:,}": (sparse, bounded_at(sparse, context)),
-        f"dense, dynamic cache at {context:,}": (dense, dense_at(dense, context, static=False)),
+        f"dense, dynamic cache at {context:,}": (dense, dense_at(dense, context)),
         f"dense, static cache at {context:,}": (dense, dense_at(dense, context, static=True)),
     }
     sides = {name: lambda pair=pair: decode(*pair, tokens_per_turn) for name, pair in caches.items()}

@@ -11,37 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
+from examples.benchmarks.benchmark_decoding import bounded_at, dense_at
 from examples.measuring import in_turns, least
 from examples.reporting import provenance, write_json
+from examples.smollm2 import SMOLLM2_SHAPE
 from modeling_longnet import DilatedCache, patch_model
 from modeling_longnet.transformers_compat import named_cache
 
 
-SHAPE = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "max_position_embeddings": 2**17, "tie_word_embeddings": True,
-}  # fmt: skip
+SHAPE = SMOLLM2_SHAPE | {"max_position_embeddings": 2**17}
 SCHEDULES = {"2048/1, 8192/4": ([2048, 8192], [1, 4]), "256/1, 1024/4, 4096/16": ([256, 1024, 4096], [1, 4, 16])}
-
-
-def plain_cache(model, lengths: list[int]) -> DynamicCache:
-    """A full one of as many rows as lengths, which stand behind padding in the shorter ones."""
-    cache, config = DynamicCache(config=model.config), model.config
-    shape = (2, len(lengths), config.num_key_value_heads, max(lengths), config.head_dim)
-    for index in range(config.num_hidden_layers):
-        cache.update(*torch.randn(shape, dtype=model.dtype), index)
-    return cache
-
-
-def bounded_cache(model, lengths: list[int]) -> DilatedCache:
-    """The same of a bounded cache; what is in the slots changes no speed."""
-    cache = DilatedCache(model.config)
-    model(torch.zeros(len(lengths), 8, dtype=torch.long), **named_cache(cache))
-    cache.positions.copy_(torch.tensor(lengths))
-    cache.seen.fill_(max(lengths))
-    return cache
 
 
 def decode(model, cache: Cache, lengths: list[int], count: int) -> None:
@@ -58,15 +39,15 @@ def decode(model, cache: Cache, lengths: list[int], count: int) -> None:
 def measure_patched(layers: int, places: list[list[int]], rounds: int, count: int = 4, dtype=torch.float32) -> dict:
     """By place, the tokens that each row of a batch has had: the smallest CPU seconds of a step, and over dense."""
     torch.manual_seed(0)
-    dense = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SHAPE)).eval().to(dtype)
-    models = {"dense, plain cache": (dense, plain_cache)}
+    dense = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": layers})).eval().to(dtype)
+    models = {"dense, plain cache": (dense, dense_at)}
     for name, (lengths, rates) in SCHEDULES.items():
         patched = patch_model(copy.deepcopy(dense), segment_lengths=lengths, dilation_rates=rates)
-        models |= {f"{name}, bounded cache": (patched, bounded_cache), f"{name}, plain cache": (patched, plain_cache)}
+        models |= {f"{name}, bounded cache": (patched, bounded_at), f"{name}, plain cache": (patched, dense_at)}
     results = {}
     for place in places:
         sides = {
-            name: partial(decode, model, make(model, place), place, count) for name, (model, make) in models.items()
+            name: partial(decode, model, make(model, *place), place, count) for name, (model, make) in models.items()
         }
         turns = in_turns(sides, rounds)
         seconds = {name: least(turns[name], "cpu_seconds") / count for name in sides}
