@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from examples.evidence.ruler_tasks import DEPTHS, NOISE, PASSKEY
 from examples.perplexity import window_loss
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.smollm2 import smollm2_135m
@@ -53,12 +54,10 @@ SETTINGS = {
     "32 x 8, 16 dimensions, distances to 2048": _memory(32, 8, 16, max_distance=2048),
     "32 x 8, 16 dimensions, distances to 7936": _memory(32, 8, 16, max_distance=7936),
 }
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 WORDS = (
     "apple river stone cloud tiger maple ocean candle violin garden rocket silver window pepper bridge forest mirror "
     "castle dragon helmet island jacket kitten ladder magnet needle orange pencil quartz ribbon"
 ).split()
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
 class Cases:
@@ -66,17 +65,13 @@ class Cases:
 
     def __init__(self, tokenizer):
         self.encode = lambda text: tokenizer(text, verbose=False).input_ids
-        self.filler = self.encode(FILLER)
+        self.filler = self.encode(NOISE + " ")
 
     def passkey(self, length: int, trial: int) -> tuple[list[int], list[int]]:
         """One number in filler, at one depth after the other."""
         key = str(random.Random(trial).randrange(10000, 99999))
-        head = self.encode(
-            "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize "
-            "it.\n"
-        )
-        needle = self.encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
-        tail, answer = self.encode("\nWhat is the pass key? The pass key is"), self.encode(f" {key}")
+        head, needle, tail = (self.encode(part.format(key=key)) for part in PASSKEY)
+        answer = self.encode(f" {key}")
         room = length - len(head) - len(needle) - len(tail) - len(answer)
         text = (self.filler * (room // len(self.filler) + 1))[:room]
         at = int(DEPTHS[trial % len(DEPTHS)] * room) // len(self.filler) * len(self.filler)
