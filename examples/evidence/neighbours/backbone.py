@@ -155,6 +155,11 @@ def merge_heads(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.transpose(1, 2).flatten(2)
 
 
+def with_previous(chunks: torch.Tensor) -> torch.Tensor:
+    """[B, H, N / c, c, ...] to [B, H, N / c, 2 c, ...]: each chunk behind the one before it, of length c."""
+    return torch.cat([torch.cat([torch.zeros_like(chunks[:, :, :1]), chunks[:, :, :-1]], 2), chunks], 3)
+
+
 def rotate(hidden_states: torch.Tensor, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864, equation 34) of [..., N, D] at positions [N]."""
     half = hidden_states.shape[-1] // 2

@@ -6,7 +6,7 @@ Letters: B batch, H heads, N tokens, D head dimension, R rounds of hashing, U bu
 import torch
 from torch import nn
 
-from .backbone import merge_heads, split_heads
+from .backbone import merge_heads, split_heads, with_previous
 from .pattern_attention import KeyValueStore
 
 
@@ -80,7 +80,7 @@ def lsh_round(
     ordered = [t.gather(2, order[..., None].expand_as(t)) for t in (query, key, value)]
     query, key, value = (nn.functional.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, chunk)) for t in ordered)
     bucket = nn.functional.pad(buckets.gather(2, order), (0, padding), value=-1).unflatten(2, (-1, chunk))
-    key, value, around = (_with_previous(t) for t in (key, value, bucket))
+    key, value, around = (with_previous(t) for t in (key, value, bucket))
     around[:, :, 0, :chunk] = -2  # there is no chunk before the first
     index = torch.arange(chunk, device=query.device)
     behind = index[:, None] + chunk - torch.arange(2 * chunk, device=query.device)  # in the sorted order
@@ -92,8 +92,3 @@ def lsh_round(
     inverse = order.argsort(-1)
     outputs, total = outputs.flatten(2, 3)[:, :, :length], total.flatten(2, 3)[:, :, :length]
     return outputs.gather(2, inverse[..., None].expand_as(outputs)), total.gather(2, inverse)
-
-
-def _with_previous(chunks: torch.Tensor) -> torch.Tensor:
-    """[B, H, N / c, c, ...] to [B, H, N / c, 2 c, ...]: each chunk behind the one before it."""
-    return torch.cat([torch.cat([torch.zeros_like(chunks[:, :, :1]), chunks[:, :, :-1]], 2), chunks], 3)

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from .attention_patterns import Strided
+from .backbone import with_previous
 from .pattern_attention import PatternAttention
 
 
 def _attend(query, key, value, mask):
-    """Unnormalised attention by float scores: output, and the log of the sum of weights [...]."""
-    scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
+    """Output, and the log of the sum of weights [...], the lowest of numbers where there is nothing to read."""
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     total = scores.logsumexp(-1)
     return (scores - total[..., None]).exp() @ value, total
 
@@ -29,26 +31,17 @@ def strided_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     blocks = [t.unflatten(2, (-1, stride)) for t in (query, key, value)]  # [B, H, N / l, l, D]
     index = torch.arange(stride, device=query.device)
     own = index[:, None] - index[None]
-    previous = [torch.cat([torch.zeros_like(t[:, :, :1]), t[:, :, :-1]], 2) for t in blocks[1:]]
-    around = [torch.cat([before, now], 3) for before, now in zip(previous, blocks[1:])]  # [B, H, N / l, 2 l, D]
+    around = [with_previous(t) for t in blocks[1:]]  # [B, H, N / l, 2 l, D]
     mask = torch.cat([own < 0, own >= 0], 1).expand(blocks[0].shape[2], -1, -1).clone()
     mask[0, :, :stride] = False
     near, near_total = _attend(blocks[0], *around, mask)
 
     columns = [t.transpose(2, 3) for t in blocks]  # [B, H, l, N / l, D]
     rows = torch.arange(columns[0].shape[3], device=query.device)
-    far, far_total = _attend_causal(*columns, rows)
+    far, far_total = _attend(*columns, rows[:, None] > rows)  # the first row has none: its share is zero
     far, far_total = far.transpose(2, 3), far_total.transpose(2, 3)
     share = torch.sigmoid(far_total - near_total)[..., None]
     return (near + share * (far - near)).flatten(2, 3)[:, :, :length]
-
-
-def _attend_causal(query, key, value, rows):
-    """Every row's attention to strictly earlier rows; the first, which has none, gets zero with weight zero."""
-    scores = query @ key.mT * query.shape[-1] ** -0.5
-    scores = scores.masked_fill(rows[:, None] <= rows[None], torch.finfo(scores.dtype).min)
-    total = scores.logsumexp(-1)
-    return (scores - total[..., None]).exp() @ value, total
 
 
 class StridedAttention(PatternAttention):
