@@ -78,11 +78,10 @@ def table(records: list[dict]) -> str:
     rows = sorted({case[:2] for cases in read_by.values() for case in cases}, key=_by_task)
     lines = ["| task | tokens | " + " | ".join(forms) + " |", "|---|---:|" + "---:|" * len(forms)]
     for task, length in rows:
-        cells = []
+        own, cells = [r for r in records if (r["task"], r["length"]) == (task, length)], []
         for form in forms:
             shared = read_by[form] & read_by["dense"] if form != "dense" and "dense" in forms else read_by[form]
-            same = [r for r in records if (r["task"], r["length"], r["trial"]) in shared]
-            means = mean_scores([r for r in same if (r["task"], r["length"]) == (task, length)], "variant")
+            means = mean_scores([r for r in own if (task, length, r["trial"]) in shared], "variant")
             if (form,) not in means:
                 cells.append("")
                 continue
