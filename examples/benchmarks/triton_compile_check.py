@@ -9,6 +9,7 @@ not compile, and prints what spills registers to memory; `--strict` makes that a
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -26,7 +27,6 @@ from modeling_longnet.attention_kernels import HAS_TRITON
 from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 
 
-DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 SCHEDULES = {
     "count": DilationSchedule((2048, 4096), (1, 2)),
@@ -109,23 +109,19 @@ def check(archs: list[int], dtypes: list[str], widths: list[int], schedules: lis
           report: Callable[[dict], None]) -> list[dict]:  # fmt: skip
     """Compiles what every schedule launches; launches that would be compiled alike are compiled once."""
     rows, seen = [], set()
-    for arch in archs:
-        for dtype in dtypes:
-            for width in widths:
-                for name in schedules:
-                    schedule = SCHEDULES[name]
-                    for packed in (False, True) if name == "count" else (False,):
-                        for kernel, arguments, tiles in record_launches(schedule, getattr(torch, dtype), width, packed):
-                            key = str((arch, kernel.__name__, *signature_of(kernel, arguments), tiles))
-                            if key in seen:
-                                continue
-                            seen.add(key)
-                            setting = {
-                                "kernel": kernel.__name__, "arch": arch, "dtype": dtype, "head_dim": width,
-                                "schedule": name + ", packed" * packed, **vars(tiles),
-                            }  # fmt: skip
-                            rows.append(setting | compile_kernel(kernel, arguments, tiles, arch))
-                            report(rows[-1])
+    kinds = [(name, packed) for name in schedules for packed in ((False, True) if name == "count" else (False,))]
+    for arch, dtype, width, (name, packed) in itertools.product(archs, dtypes, widths, kinds):
+        for kernel, arguments, tiles in record_launches(SCHEDULES[name], getattr(torch, dtype), width, packed):
+            key = str((arch, kernel.__name__, *signature_of(kernel, arguments), tiles))
+            if key in seen:
+                continue
+            seen.add(key)
+            setting = {
+                "kernel": kernel.__name__, "arch": arch, "dtype": dtype, "head_dim": width,
+                "schedule": name + ", packed" * packed, **vars(tiles),
+            }  # fmt: skip
+            rows.append(setting | compile_kernel(kernel, arguments, tiles, arch))
+            report(rows[-1])
     return rows
 
 
@@ -133,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], help="compute capabilities")
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=["float16", "bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--strict", action="store_true", help="spilled registers are an error")
     parser.add_argument("--output", type=Path, help="JSON file to write")
