@@ -207,6 +207,28 @@ def with_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], dt
     return model.eval()
 
 
+def filled(
+    model: PreTrainedModel,
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    key_of: Callable[[str], str],
+    dtype: str | None,
+) -> tuple[PreTrainedModel, list[tuple[str, str, torch.Tensor]]]:
+    """A model of the meta device with the checkpoint's `tensors`, and (key there, our key, tensor) of each.
+
+    Args:
+        key_of: the checkpoint's key for one of ours.
+
+    Raises:
+        ValueError: what `check_tensors` refuses.
+    """
+    state = model.state_dict()
+    targets = {key_of(key): key for key in state}
+    check_tensors(path, tensors, {source: tuple(state[key].shape) for source, key in targets.items()}, dtype=dtype)
+    rows = [(source, key, tensors[source]) for source, key in targets.items()]
+    return with_weights(model, {key: tensor for _, key, tensor in rows}, dtype), rows
+
+
 PROVENANCE = """
 ## Provenance
 

@@ -110,12 +110,7 @@ def load_gigapath(
         raise ValueError(f"{checkpoint}: has no classifier, so `classifier_layers` and `labels` mean nothing.")
     config = _config(checkpoint, encoder, **settings)
     model = files.on_meta_device(architecture, config, checkpoint)
-    targets = {gigapath_key(key): key for key in model.state_dict()}
-    shapes = {source: tuple(model.state_dict()[target].shape) for source, target in targets.items()}
-    files.check_tensors(checkpoint, tensors, shapes, dtype=dtype)
-    weights = {target: tensors[source] for source, target in targets.items()}
-    rows = [(source, target, tensors[source]) for source, target in targets.items()]
-    return files.with_weights(model, weights, dtype), rows
+    return files.filled(model, checkpoint, tensors, gigapath_key, dtype)
 
 
 def convert_gigapath_to_hf(

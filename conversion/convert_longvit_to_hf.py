@@ -7,6 +7,7 @@ former, a fine-tuned one the latter. The shape is read from the weights, but for
 """
 
 import argparse
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,14 +85,9 @@ def load_longvit(
     config = _config(checkpoint, tensors, num_attention_heads, **_labels(checkpoint, tensors, labels))
     architecture = LongViTForImageClassification if "head.weight" in tensors else LongViTModel
     model = files.on_meta_device(architecture, config, checkpoint)
-    state = model.state_dict()
-    targets = {longvit_key(key, config.norm_before_pooling): key for key in state}
-    shapes = {source: tuple(state[target].shape) for source, target in targets.items()}
-    files.check_tensors(checkpoint, tensors, shapes, dtype=dtype)
-    weights = {target: tensors[source] for source, target in targets.items()}
-    rows = [(source, target, tensors[source]) for source, target in targets.items()]
-    rows += [(source, "(left out)", tensor) for source, tensor in left_out.items()]
-    return files.with_weights(model, weights, dtype), rows
+    key_of = functools.partial(longvit_key, norm_before_pooling=config.norm_before_pooling)
+    model, rows = files.filled(model, checkpoint, tensors, key_of, dtype)
+    return model, rows + [(source, "(left out)", tensor) for source, tensor in left_out.items()]
 
 
 def convert_longvit_to_hf(
