@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,13 @@ def write_json(path: str | Path, result: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     temporary.replace(path)
+
+
+def markdown_table(titles: list[str], rows: Iterable[list[str]], texts: int = 1) -> str:
+    """A table in Markdown: `texts` columns of texts, then numbers, which stand to the right."""
+    rule = "|" + "---|" * texts + "---:|" * (len(titles) - texts)
+    head, *lines = (f"| {' | '.join(row)} |" for row in (titles, *rows))
+    return "\n".join([head, rule, *lines]) + "\n"
 
 
 def write_beside(output: Path, table: str, draw: Callable[[dict, Path], None], result: dict) -> None:

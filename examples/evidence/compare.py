@@ -23,7 +23,7 @@ from examples.evidence.records import mean, measure_missing
 from examples.evidence.source_code import source_bytes
 from examples.evidence.training import bits_per_byte, text_losses, train
 from examples.measuring import clock
-from examples.reporting import new_figure, save_figure, write_beside
+from examples.reporting import markdown_table, new_figure, save_figure, write_beside
 
 
 SCALES = {
@@ -143,13 +143,13 @@ def _mean(result: dict, system: str, part: str, *path: str) -> float | None:
 
 def _rows(result: dict, columns: list[tuple[str, tuple, str]]) -> str:
     """A Markdown table of means: title, path in the records, and format of each column."""
-    lines = ["| system | " + " | ".join(title for title, _, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
+    rows = []
     for name in SYSTEMS:
         values = [_mean(result, name, *path) for _, path, _ in columns]
         if set(values) != {None}:
             cells = ("-" if value is None else format(value, form) for value, (_, _, form) in zip(values, columns))
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append([name, *cells])
+    return markdown_table(["system", *(title for title, _, _ in columns)], rows)
 
 
 def _recall_sizes(result: dict) -> list[tuple[int, int]]:
@@ -169,9 +169,9 @@ def table(result: dict) -> str:
         *((f"ms/token after {n:,}", ("speed", "decode_ms_per_token", str(n)), ".2f") for n in DECODE),
         *((f"state in bytes after {n:,}", ("speed", "state_bytes", str(n)), ",.0f") for n in DECODE),
     ]
-    what = ["| system | code | a query reads | not as published |", "|---|---|---|---|"]
-    what += [f"| {name} | {row.origin} | {row.keys} | {row.note} |" for name, row in SYSTEMS.items()]
-    return "\n".join([_rows(result, learns), _rows(result, costs), "\n".join(what)]) + "\n"
+    what = [[name, row.origin, row.keys, row.note] for name, row in SYSTEMS.items()]
+    systems = markdown_table(["system", "code", "a query reads", "not as published"], what, texts=4)
+    return "\n".join([_rows(result, learns), _rows(result, costs), systems])
 
 
 def draw(result: dict, path: Path) -> None:

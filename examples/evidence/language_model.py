@@ -26,7 +26,7 @@ from examples.evidence.neighbours.transformers_models import llama
 from examples.evidence.records import measure_missing
 from examples.evidence.source_code import source_bytes
 from examples.evidence.training import bits_per_byte, text_losses, train
-from examples.reporting import new_figure, save_figure, write_beside
+from examples.reporting import markdown_table, new_figure, save_figure, write_beside
 from examples.runs import schedule_of
 
 
@@ -108,10 +108,7 @@ def _values(result: dict, system: str, context: int, kind: str, length: int) -> 
 def table(result: dict) -> str:
     """Bits per byte, mean and half the range over the seeds; beyond the training context bounded / unbounded."""
     contexts = result["settings"]["contexts"]
-    lines = [
-        "| system | trained at | " + " | ".join(f"read at {length:,}" for length in contexts) + " |",
-        "|---|---:|" + "---:|" * len(contexts),
-    ]
+    rows = []
     for system in SYSTEMS:
         for context in contexts:
             if not _values(result, system, context, "bits_per_byte", contexts[0]):
@@ -121,8 +118,8 @@ def table(result: dict) -> str:
                 plain = _spread(_values(result, system, context, "bits_per_byte", length))
                 bounded = _spread(_values(result, system, context, "bits_per_byte_bounded", length))
                 cells.append(plain if length <= context else f"{bounded} / {plain}")
-            lines.append(f"| {system} | {context:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append([system, f"{context:,}", *cells])
+    return markdown_table(["system", "trained at", *(f"read at {length:,}" for length in contexts)], rows)
 
 
 def draw(result: dict, path: Path) -> None:

@@ -17,7 +17,7 @@ from examples.evidence.neighbours.systems import REFERENCE, SYSTEMS, build_syste
 from examples.evidence.neighbours.transformers_models import llama
 from examples.evidence.recall import measure_recall
 from examples.evidence.records import mean, measure_missing
-from examples.reporting import new_figure, save_figure, write_beside
+from examples.reporting import markdown_table, new_figure, save_figure, write_beside
 from examples.runs import schedule_of
 
 
@@ -56,14 +56,11 @@ def build(name: str, shape: ModelShape, seed: int) -> System:
 
 def table(result: dict) -> str:
     sizes = [f"{length},{pairs}" for length, pairs in result["settings"]["test_grid"]]
-    lines = [
-        "| system | " + " | ".join(f"N = {s.replace(',', ', K = ')}" for s in sizes) + " |",
-        "|---|" + "---:|" * len(sizes),
+    rows = [
+        [name, *(f"{mean(result['records'], 'accuracy', size, system=name):.2f}" for size in sizes)]
+        for name in dict.fromkeys(record["system"] for record in result["records"])
     ]
-    for name in dict.fromkeys(record["system"] for record in result["records"]):
-        cells = [f"{mean(result['records'], 'accuracy', size, system=name):.2f}" for size in sizes]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown_table(["system", *(f"N = {size.replace(',', ', K = ')}" for size in sizes)], rows)
 
 
 def draw(result: dict, path: Path) -> None:

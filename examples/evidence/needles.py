@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from examples.evidence.reading import VARIANTS, ask, in_form, load_model, read
 from examples.evidence.records import open_record
 from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
-from examples.reporting import save_figure, write_beside, write_json
+from examples.reporting import markdown_table, save_figure, write_beside, write_json
 from examples.runs import parse_scaled
 from examples.smollm2 import smollm2_135m
 
@@ -75,9 +75,8 @@ def table(records: list[dict]) -> str:
     """
     forms = forms_of(records)
     read_by = {form: cases_of(records, form) for form in forms}
-    rows = sorted({case[:2] for cases in read_by.values() for case in cases}, key=_by_task)
-    lines = ["| task | tokens | " + " | ".join(forms) + " |", "|---|---:|" + "---:|" * len(forms)]
-    for task, length in rows:
+    rows = []
+    for task, length in sorted({case[:2] for cases in read_by.values() for case in cases}, key=_by_task):
         own, cells = [r for r in records if (r["task"], r["length"]) == (task, length)], []
         for form in forms:
             shared = read_by[form] & read_by["dense"] if form != "dense" and "dense" in forms else read_by[form]
@@ -88,8 +87,8 @@ def table(records: list[dict]) -> str:
             score, answers = means[form,].values()
             dense = means["dense",]["score"] if form != "dense" and "dense" in forms else 0
             cells.append(f"{score:.2f} of {answers}" + (f" ({score / dense:.2f})" if dense else ""))
-        lines.append(f"| {task} | {length:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([task, f"{length:,}", *cells])
+    return markdown_table(["task", "tokens", *forms], rows)
 
 
 def _by_task(key: tuple) -> tuple:

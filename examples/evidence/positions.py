@@ -23,7 +23,7 @@ from examples.evidence.needles import WITH_ADAPTER
 from examples.evidence.reading import VARIANTS, in_form, load_model, new_cache
 from examples.evidence.records import open_record
 from examples.perplexity import position_buckets
-from examples.reporting import new_figure, save_figure, write_beside, write_json
+from examples.reporting import markdown_table, new_figure, save_figure, write_beside, write_json
 from examples.runs import parse_scaled
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
@@ -121,9 +121,7 @@ def summarize(records: list[dict]) -> list[dict]:
 
 def table(rows: list[dict], costs: dict[str, dict]) -> str:
     """Markdown: perplexity, and in brackets its ratio to dense with the interval; then the cost of the same runs."""
-    forms = list(costs)
-    lines = ["| text | tokens read before | windows | " + " | ".join(forms) + " |", "|---|---:|---:|"]
-    lines[1] += "---:|" * len(forms)
+    forms, lines = list(costs), []
     for row in rows:
         cells = [
             f"{row[form]['perplexity']:.2f}" + (
@@ -132,11 +130,10 @@ def table(rows: list[dict], costs: dict[str, dict]) -> str:
             )
             for form in forms
         ]  # fmt: skip
-        lines.append(f"| {row['text']} | {row['start']:,} to {row['end']:,} | {row['windows']} | {' | '.join(cells)} |")
+        lines.append([row["text"], f"{row['start']:,} to {row['end']:,}", str(row["windows"]), *cells])
     for name, digits in (("ms per token in the last chunk", 2), ("CPU seconds per window", 1), ("cache, MiB", 1)):
-        cells = [f"{costs[form][name]:.{digits}f}" for form in forms]
-        lines.append(f"| {name} | | | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{name} | |", *(f"{costs[form][name]:.{digits}f}" for form in forms)])  # two cells are empty
+    return markdown_table(["text", "tokens read before", "windows", *forms], lines)
 
 
 def costs_of(records: list[dict]) -> dict[str, dict]:

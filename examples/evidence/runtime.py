@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from examples.evidence.records import open_record
 from examples.measuring import clock
-from examples.reporting import new_figure, save_figure, write_beside, write_json
+from examples.reporting import markdown_table, new_figure, save_figure, write_beside, write_json
 from examples.runs import geometric_patterns, parse_scaled, schedule_of
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 
@@ -106,16 +106,15 @@ def table(rows: list[dict], budget: float) -> str:
     """Markdown: microseconds per token; nothing where nothing was asked for."""
     found = {(row["kind"], row["side"], row["tokens"]): row["seconds"] for row in rows}
     columns = list(dict.fromkeys((row["kind"], side) for row in rows for side in SIDES))
-    lines = ["| tokens | " + " | ".join(f"{side}, {kind}" for kind, side in columns) + " |"]
-    lines.append("|---:|" + "---:|" * len(columns))
+    lines = []
     for length in sorted({row["tokens"] for row in rows}):
         cells = []
         for kind, side in columns:
             seconds = found.get((kind, side, length), 0)
             missing = "" if fits(rows, kind, side, length, budget) else "not tried"
             cells.append(f"{1e6 * seconds / length:,.1f}" if seconds else missing if seconds == 0 else "out of memory")
-        lines.append(f"| {length:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{length:,}", *cells])
+    return markdown_table(["tokens", *(f"{side}, {kind}" for kind, side in columns)], lines, texts=0)
 
 
 @torch.inference_mode()
