@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from .attention_blocks import block_positions
 from .dilation_plan import SINKS, Block, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
 from .token_attention import Piece, join_blocks
@@ -216,10 +217,8 @@ class SlotLayout:
             return keys.shift(column - origin)
         rotates = block.pattern == 0 and self.schedule.window
         if block.repeats == 1 and not rotates and keys.start + keys.step * (keys.count - 1) < origin:
-            rate = 1 if block.pattern == SINKS else self.schedule.dilation_rates[block.pattern]
-            return Rows(self._slot(block, keys.start), keys.step // rate, keys.count)
-        repeats = torch.arange(block.repeats, device=device) * block.stride
-        positions = (repeats[:, None] + keys.start + keys.step * torch.arange(keys.count, device=device)).flatten()
+            return self._rows(block)[0]
+        positions = block_positions(keys, block, device)
         return torch.where(positions < origin, self._slot(block, positions), positions - origin + column)
 
     def token_pieces(self, position: int) -> tuple[Piece, ...]:
@@ -230,7 +229,7 @@ class SlotLayout:
         return join_blocks((replace(b, pattern=0) if doubled and b.pattern == SINKS else b for b in blocks), self._rows)
 
     def _rows(self, block: Block) -> list[Rows]:
-        """Where the keys of a block of one query lie."""
+        """The slots of a block's keys that are all in them; without its repeats."""
         keys = block.region.keys
         if block.pattern == 0 and self.schedule.window:  # a ring
             first = min(keys.count, self.schedule.dense_start - keys.start % self.schedule.dense_start)
