@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 import torch
@@ -37,7 +37,7 @@ class Step:
     origins: tokens of each row that are in the slots [B]. waiting: columns behind them that wait for a `crop`.
     first: position of each row's first new token that is no padding [B]. new_pads: padding columns before it, in this
     forward [B]. pads: the same in all that waits and this forward [B]. is_padded: whether there may be any in this
-    forward. news: `first` and `new_pads` as lists, once a memory has asked. shared: what layers have computed.
+    forward. shared: what layers have computed.
     """
 
     query_length: int
@@ -47,8 +47,17 @@ class Step:
     new_pads: torch.Tensor
     pads: torch.Tensor
     is_padded: bool
-    news: tuple[list[int], list[int]] | None = None
     shared: dict[tuple, object] = field(default_factory=dict)
+
+    @cached_property
+    def news(self) -> tuple[list[int], list[int]]:
+        """`first` and `new_pads` as lists."""
+        return self.first.tolist(), self.new_pads.tolist()
+
+    @cached_property
+    def places(self) -> tuple[list[int], list[int]]:
+        """`origins` and `pads` as lists."""
+        return self.origins.tolist(), self.pads.tolist()
 
     def once(self, what: str, place: tuple[str, ...], make: Callable[[], object]):
         """`make()`, computed by the first layer that asks for it with such slots on such a device (`place`)."""
@@ -300,7 +309,7 @@ class DilatedLayer(CacheLayerMixin):
             batch, head, index = (targets != self.layout.size).nonzero(as_tuple=True)
             written = batch, head, targets[batch, head, index], torch.zeros_like(batch)
             rows, pieces = 0, []
-            for place, alike in groupby(zip(step.first.tolist(), step.new_pads.tolist())):
+            for place, alike in groupby(zip(*step.news)):
                 count = len(list(alike))
                 if not place[1]:
                     pieces.append((slice(rows, rows + count), self.layout.token_pieces(place[0])))
@@ -328,8 +337,8 @@ class DilatedLayer(CacheLayerMixin):
                 self.place[0], scale, backend or "",
             )  # fmt: skip
         else:
-            places = step.once("places", (), lambda: (step.origins.tolist(), step.pads.tolist()))
-            out = attend_chunk(query, key, value, (self.keys, self.values), self.layout, *places, scale, backend)
+            slots = self.keys, self.values
+            out = attend_chunk(query, key, value, slots, self.layout, *step.places, scale, backend)
         if not self.record_past:
             columns = key.shape[2]
             written = step.once("written", self.place, lambda: self._sources(step.origins, step.pads, columns))

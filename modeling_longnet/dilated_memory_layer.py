@@ -55,7 +55,7 @@ class MemoryLayer(DilatedLayer):
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
         if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint:
             return self._attend_chunk(step, query, key, value, scale, None)
-        self._prepare(step)
+        self._prepare()
         query, key = self._anchor(step, query, key)
         if len(set(step.news[0])) == 1:
             self._append(slice(None), step.news[0][0], key, value)
@@ -67,16 +67,14 @@ class MemoryLayer(DilatedLayer):
         indices = (self.store.ranked(name, slice(None)) for name in ("index", "far"))
         return attend_step(self.ranking, query, self.store.gather, self.heads.num_kv_heads, *indices, position, scale)
 
-    def _prepare(self, step: Step) -> None:
+    def _prepare(self) -> None:
         if torch.compiler.is_compiling():
             raise ValueError("`memory` does not run under `torch.compile` yet: its choice depends on values.")
         if self.ranking is None:
             self.ranking = Ranking(self.schedule)
-        if step.news is None:
-            step.news = step.first.tolist(), step.new_pads.tolist()
 
     def _attend_chunk(self, step: Step, query, key, value, scale, backend) -> torch.Tensor:
-        self._prepare(step)
+        self._prepare()
         query, key = self._anchor(step, query, key)
         columns, places = query.shape[2], list(zip(*step.news))
         alike = len(set(places)) == 1 and (self.store.is_joint or len(places) == 1)
