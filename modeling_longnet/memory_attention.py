@@ -19,7 +19,7 @@ from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
 from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks
-from .memory_store import Store, StoredKeys
+from .memory_store import Store, StoredKeys, whole_blocks
 
 
 FETCHED = 2**18  # tokens that one stretch of queries may have fetched for it
@@ -107,7 +107,7 @@ def _stretches(
         for group in range(call.heads.num_kv_heads):
             own = slice(group * per_group, (group + 1) * per_group)
             if not is_stored:
-                pair = [_in_blocks(x, row, group, size).contiguous() for x in keys]
+                pair = [whole_blocks(x, row, group, size).contiguous() for x in keys]
             for begin in range(0, length, tile):
                 at = row, own, slice(begin, min(begin + tile, length))
                 read, numbers = reads[at].flatten(0, 1), None
@@ -132,11 +132,6 @@ def _slots(reads: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor
     numbers = (reads[reads >= 0] % blocks).unique()
     slots = torch.searchsorted(numbers, reads % blocks) + len(numbers) * (reads >= blocks)
     return torch.where(reads >= 0, slots, NO_BLOCK), numbers
-
-
-def _in_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tensor:
-    """The whole blocks [n, b, D] of one row and head of x [B, G, N, D]: a view."""
-    return x[row, group, : x.shape[2] // size * size].unflatten(0, (-1, size))
 
 
 def _attend_sinks(call, query, key, value, out, lse) -> None:
@@ -202,7 +197,7 @@ class _WithMemory:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
         for row, group, at, part in _stretches(call, reads, query, (key, value)):
-            block_grads = (_in_blocks(x, row, group, size) for x in grads[1:])
+            block_grads = (whole_blocks(x, row, group, size) for x in grads[1:])
             rows = [x[at].flatten(0, 1) for x in (grad, out, lse)]
             grads[0][at] += part.gradients(*rows, *block_grads).view_as(grads[0][at])
 

@@ -43,6 +43,11 @@ def _gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 2).index_select(0, (tokens.to(x.device) + first).flatten()).unflatten(0, tokens.shape)
 
 
+def whole_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tensor:
+    """The whole blocks [n, b, D] of one row and head of x [B, G, N, D]: a view."""
+    return x[row, group, : x.shape[2] // size * size].unflatten(0, (-1, size))
+
+
 class TensorStore:
     """Keys and values [B, G, room, D], on the device or in the CPU's memory, which is pinned if the device is a GPU.
     The index of the blocks [B, G, room / b, 2 d] lies on the device. All of it has room for up to half as much more."""
@@ -102,10 +107,7 @@ class TensorStore:
 
     def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
         """Of whole blocks [m] of one row and head, on the device: [m, b, D]."""
-        size = self.shape.size
-        for_all = (
-            x[row, group, : x.shape[2] // size * size].unflatten(0, (-1, size)) for x in (self.keys, self.values)
-        )
+        for_all = (whole_blocks(x, row, group, self.shape.size) for x in (self.keys, self.values))
         return tuple(x.index_select(0, numbers.to(x.device)).to(self.shape.device) for x in for_all)
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
