@@ -10,6 +10,7 @@ one text, so a later one is read with the earlier ones in mind. Distances are th
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from .dilated_cache_file import (
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import as_integer
 from .memory_pages import STATE_NAME, StoreFolder
-from .memory_store import BankedStore, RowFiles, Shape, make_store
+from .memory_store import BankedStore, RowFiles, make_store
 from .streaming import interrupts_noted
 from .transformers_compat import named_cache
 
@@ -272,8 +273,7 @@ def start_cache(
 def _banked(layer: MemoryLayer, index: int, banks, device, store: str, folder: StoreFolder | None) -> BankedStore:
     """A layer's store: its banks' pages, and an own store that holds the last tokens, which are no whole block."""
     bases = [None if bank is None else bank.rows(layer, index, device) for bank in banks]
-    known = next(base.shape for base in bases if base is not None)
-    shape = Shape(len(banks), known.groups, known.width, known.dtype, device, known.size)
+    shape = replace(next(base.shape for base in bases if base is not None), batch=len(banks))
     banked = BankedStore(bases, make_store(store, shape, folder, layer.layer_idx))
     for row, (base, begin) in enumerate(zip(bases, banked.begins)):
         if base is not None and begin < base.count:

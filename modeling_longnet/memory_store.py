@@ -10,7 +10,7 @@ dimension, d dimensions ranked in.
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -120,9 +120,7 @@ class TensorStore:
         place = self.keys.device
         self.keys, self.values = tensors["keys"].to(place), tensors["values"].to(place)
         self.indices = {name: tensors[name].to(self.shape.device) for name in INDICES if name in tensors}
-        self.shape = Shape(
-            len(self.keys), *(getattr(self.shape, x) for x in ("groups", "width", "dtype", "device", "size"))
-        )
+        self.shape = replace(self.shape, batch=len(self.keys))
 
     def reset(self) -> None:
         self.keys, self.values, self.indices = self.keys[:, :, :0], self.values[:, :, :0], {}
@@ -149,9 +147,8 @@ class RowFiles:
     def __deepcopy__(self, memo):
         return copy.copy(self) if copy.deepcopy(self.folder, memo) is self.folder else None
 
-    def _index(self, name: str, width: int, count: int = 0, dtype: torch.dtype = torch.float32) -> PageFile:
-        if self.shape.dtype == torch.float64:
-            dtype = torch.float64
+    def _index(self, name: str, width: int, count: int = 0) -> PageFile:
+        dtype = torch.promote_types(self.shape.dtype, torch.float32)
         return self.folder.file(name, self.layer, self.row, (self.shape.groups, width), dtype, count)
 
     def write(self, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
