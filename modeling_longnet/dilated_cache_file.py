@@ -24,7 +24,7 @@ from .transformers_compat import text_config_of
 
 FORMAT = "longnet-dilated-cache-1"
 FOLDER_FORMAT = "longnet-memory-folder-1"
-STORED = ("keys", "values", "index", "far")  # what a layer may hold, by name
+STORED = ("keys", "values", *INDICES)  # what a layer may hold, by name
 SAMPLES = 64  # values of each weight that enter the fingerprint; training changes nearly all of them
 # Names in a configuration that say where a model comes from, how it is stored, or how it generates.
 NOT_COMPUTED = (
@@ -53,6 +53,16 @@ def _config_hash(config) -> str:
 
 def _schedule_text(config) -> str:
     return json.dumps(DilationSchedule.from_config(config).as_arguments())
+
+
+def _told_of(model: PreTrainedModel) -> dict[str, str]:
+    """What a state says of the model that it belongs to."""
+    return {
+        "schedule": _schedule_text(model.config),
+        "model": model_fingerprint(model),
+        "memory": bases_fingerprint(model),
+        "config": _config_hash(model.config),
+    }
 
 
 def _check_complete(cache: DilatedCache) -> None:
@@ -87,10 +97,7 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
         tensors |= {f"{name}.{index}": value for name, value in layer.stored().items()}
     metadata = {
         "format": FORMAT if folder is None else FOLDER_FORMAT,
-        "schedule": _schedule_text(model.config),
-        "model": model_fingerprint(model),
-        "memory": bases_fingerprint(model),
-        "config": _config_hash(model.config),
+        **_told_of(model),
         "max_length": json.dumps(cache.dilated_layers[0].max_length),
     }
     target = path
@@ -144,16 +151,19 @@ def read_state(path: Path, model: PreTrainedModel | None, format: str) -> tuple[
 
 def check_fingerprints(path: Path, metadata: dict, model: PreTrainedModel) -> None:
     """Refuses a state of another schedule, of other weights, or of other dimensions to rank in."""
-    wanted = _schedule_text(model.config)
-    if metadata["schedule"] != wanted:
-        raise ValueError(f"{path} was written under another schedule: wanted {wanted}, got {metadata['schedule']}.")
-    if metadata["model"] != model_fingerprint(model):
+    wanted = _told_of(model)
+    told = wanted | metadata  # older states say less
+    if told["schedule"] != wanted["schedule"]:
+        raise ValueError(
+            f"{path} was written under another schedule: wanted {wanted['schedule']}, got {told['schedule']}."
+        )
+    if told["model"] != wanted["model"]:
         raise ValueError(f"{path} was written with another model, or with other weights of this one.")
-    if metadata.get("config", _config_hash(model.config)) != _config_hash(model.config):
+    if told["config"] != wanted["config"]:
         raise ValueError(
             f"{path} was written with another configuration of this model (rotary frequencies, sizes, ...)."
         )
-    if metadata.get("memory", bases_fingerprint(model)) != bases_fingerprint(model):
+    if told["memory"] != wanted["memory"]:
         raise ValueError(f"{path} was written by a memory that was calibrated otherwise: its blocks rank differently.")
 
 
