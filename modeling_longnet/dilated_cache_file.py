@@ -190,6 +190,11 @@ def _finish(cache: DilatedCache, tensors: dict[str, torch.Tensor]) -> dict[str, 
     cache.start(len(tensors["positions"]), cache.dilated_layers[0].device)
     cache.positions.copy_(tensors["positions"])
     cache.seen.copy_(tensors["seen"])
+    return extra_tensors(tensors)
+
+
+def extra_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of the tensors of a state those that whoever saved it added."""
     return {name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")}
 
 

@@ -21,6 +21,7 @@ from .dilated_cache import DilatedCache
 from .dilated_cache_file import (
     FOLDER_FORMAT,
     check_fingerprints,
+    extra_tensors,
     is_memory_folder,
     load_cache,
     open_pages,
@@ -179,9 +180,8 @@ def _read_before(text: dict[str, torch.Tensor], path: str | Path) -> MemoryBank 
     if not is_memory_folder(path):
         return None
     _, tensors = read_state(Path(path) / STATE_NAME, None, FOLDER_FORMAT)
-    extra = {name.removeprefix("extra."): x for name, x in tensors.items() if name.startswith("extra.")}
     done = tensors["positions"].tolist() == [len(text["input_ids"])]
-    return MemoryBank.open(path) if done and _is_text(extra, text) else None
+    return MemoryBank.open(path) if done and _is_text(extra_tensors(tensors), text) else None
 
 
 def _begin(model: PreTrainedModel, text: dict[str, torch.Tensor], path: str | Path) -> DilatedCache:
