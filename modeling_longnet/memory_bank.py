@@ -11,6 +11,7 @@ one text, so a later one is read with the earlier ones in mind. Distances are th
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -122,8 +123,8 @@ class MemoryBank:
         for name, value in (("chunk_size", chunk_size), ("save_every", save_every)):
             if as_integer(value) is None or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        lengths = [len(x) for x in documents]
-        if not sum(lengths):
+        *starts, total = accumulate((len(x) for x in documents), initial=0)
+        if not total:
             raise ValueError("`documents` must hold at least a token.")
         ids = torch.cat([torch.as_tensor(x, dtype=torch.long).flatten() for x in documents])
         words = model.get_input_embeddings().num_embeddings
@@ -132,7 +133,7 @@ class MemoryBank:
             raise ValueError(f"`documents` must hold tokens of the model, 0 to {words - 1}, got {wrong}.")
         text = {
             "input_ids": ids.int(),
-            "document_starts": torch.tensor([sum(lengths[:i]) for i in range(len(lengths))]),
+            "document_starts": torch.tensor(starts),
         }
         bank = _read_before(text, path)
         if bank is not None:
