@@ -221,12 +221,19 @@ def choose_blocks(
             continue
         position = torch.arange(query_start + begin, query_start + end, device=query.device)
         ranks = rank_blocks(ranking, query[:, :, begin:end], index, far_index, position, stop)
-        ranks[..., :first] = -torch.inf
-        if low < stop:
-            ends = (torch.arange(low, stop, device=query.device) + 1) * size
-            ranks[..., low:].masked_fill_(ends > schedule.local_start(position)[:, None], -torch.inf)
+        hide_ineligible(ranks, schedule, schedule.local_start(position), low)
         chosen[:, :, begin:end] = best_blocks(ranks, memory.top_k).flatten(1, 2)
     return chosen
+
+
+def hide_ineligible(ranks: torch.Tensor, schedule: DilationSchedule, start: torch.Tensor, settled: int = 0) -> None:
+    """Sets ranks [..., T, n] to -inf, in place, of blocks that are nothing but sink tokens, and of those that do not
+    end before the window begins, at `start` [..., T]; the first `settled` blocks end before all of these."""
+    size, count = schedule.memory.block_size, ranks.shape[-1]
+    ranks[..., : schedule.num_sink_tokens // size] = -torch.inf
+    if settled < count:
+        ends = (torch.arange(settled, count, device=ranks.device) + 1) * size
+        ranks[..., settled:].masked_fill_(ends > start[..., None], -torch.inf)
 
 
 def rank_blocks(

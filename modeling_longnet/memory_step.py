@@ -9,18 +9,15 @@ from collections.abc import Callable
 import torch
 
 from .memory_positions import rotate
-from .memory_search import Index, Ranking, best_blocks, rank_blocks
+from .memory_search import Index, Ranking, best_blocks, hide_ineligible, rank_blocks
 
 
 def _choose(ranking: Ranking, query, index, far_index, position, start) -> torch.Tensor:
     """Blocks [B, G, h, K] of queries [B, H, 1, D] at `position` [B], whose windows begin at `start` [B]."""
-    schedule, size = ranking.schedule, ranking.schedule.memory.block_size
-    blocks = int(start.max()) // size
-    ranks = rank_blocks(ranking, query, index, far_index, position[:, None, None, None], blocks)
-    ends = (torch.arange(blocks, device=query.device) + 1) * size
-    eligible = (ends <= start[:, None]) & (ends > schedule.num_sink_tokens)
-    ranks.masked_fill_(~eligible[:, None, None, None], -torch.inf)
-    return best_blocks(ranks[..., 0, :], schedule.memory.top_k)
+    memory, count = ranking.schedule.memory, int(start.max()) // ranking.schedule.memory.block_size
+    ranks = rank_blocks(ranking, query, index, far_index, position[:, None, None, None], count)
+    hide_ineligible(ranks, ranking.schedule, start[:, None, None, None])
+    return best_blocks(ranks[..., 0, :], memory.top_k)
 
 
 def _shared_tokens(schedule, position, start) -> tuple[torch.Tensor, torch.Tensor]:
