@@ -205,9 +205,9 @@ class _WithMemory:
 @torch.no_grad()
 def choose(call: MemoryCall, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The blocks [B, H, Q, top_k] that queries read of the keys [B, G, N, D]."""
-    last = call.schedule.local_start(call.start + query.shape[2] - 1)
-    far_index = call.ranking.far_index(key[:, :, :last]) if call.clamps(query.shape[2]) else None
-    return choose_blocks(call.ranking, query, call.ranking.index(key[:, :, :last]), far_index, call.start)
+    key = key[:, :, : call.schedule.local_start(call.start + query.shape[2] - 1)]
+    far_index = (call.ranking.far_index(key),) if call.clamps(query.shape[2]) else ()
+    return choose_indexed(call, query, (call.ranking.index(key),), far_index)
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from .memory_positions import rotate
 from .memory_spec import MemorySpec
 
 
-# What ranks blocks, [B, G, n, 2 d], or [1, G, n, 2 d] for all rows; or several of it, of blocks that follow each other.
-Index = torch.Tensor | tuple[torch.Tensor, ...]
+# What ranks blocks, [B, G, n, 2 d], or [1, G, n, 2 d] for all rows, in parts of blocks that follow each other.
+Index = tuple[torch.Tensor, ...]
 TILE_SIZE = 2**22  # ranks that are held at once
 NO_BLOCK = -1
 
@@ -133,7 +133,7 @@ class Ranking:
 
 def _some_blocks(index: Index, begin: int, end: int) -> list[torch.Tensor]:
     parts = []
-    for part in (index,) if isinstance(index, torch.Tensor) else index:
+    for part in index:
         own = part[:, :, max(begin, 0) : max(end, 0)]
         if own.shape[2] or begin == end:
             parts.append(own)
@@ -210,7 +210,7 @@ def choose_blocks(
     """
     schedule, memory = ranking.schedule, ranking.schedule.memory
     (batch, heads, length, _), size = query.shape, memory.block_size
-    blocks = index.shape[2] if isinstance(index, torch.Tensor) else sum(part.shape[2] for part in index)
+    blocks = sum(part.shape[2] for part in index)
     first = schedule.num_sink_tokens // size  # blocks before it are sink tokens and nothing else
     chosen = torch.full((batch, heads, length, memory.top_k), NO_BLOCK, dtype=torch.long, device=query.device)
     tile = max(1, TILE_SIZE // max(1, batch * heads * blocks))
@@ -253,7 +253,7 @@ def rank_blocks(
     if not reach:
         return ranking.ranks(query, index, 0, count)
     far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
-    groups = (index if isinstance(index, torch.Tensor) else index[0]).shape[1]
+    groups = index[0].shape[1]
     shape = len(query), groups, query.shape[1] // groups, query.shape[2], count
     ranks = query.new_empty(shape, dtype=_rank_dtype(query.dtype))
     if low < count:
