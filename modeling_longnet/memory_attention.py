@@ -43,6 +43,10 @@ class MemoryCall:
     def inv_freq(self) -> torch.Tensor | None:
         return self.ranking.inv_freq
 
+    def positions(self, query_length: int, device: torch.device) -> torch.Tensor:
+        """Of the queries, [Q]."""
+        return torch.arange(self.start, self.start + query_length, device=device)
+
     def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
         """The schedule's part of N = `length` keys; sinks are read apart where their distance is clamped."""
         blocks = plan_blocks(self.schedule, self.heads, self.start, self.start + query_length, length)
@@ -60,14 +64,13 @@ class MemoryCall:
 
     def far_query(self, query: torch.Tensor) -> torch.Tensor:
         """The queries turned to the clamped distance from wherever they stand."""
-        position = torch.arange(self.start, self.start + query.shape[2], device=query.device)
-        return self.ranking.far_query(query, position)
+        return self.ranking.far_query(query, self.positions(query.shape[2], query.device))
 
     def reads(self, chosen: torch.Tensor) -> torch.Tensor:
         """The chosen blocks [B, H, Q, top_k] and the one that the window begins in, [B, H, Q, K]; NO_BLOCK for none,
         n = `far_base` more for one at a clamped distance."""
         size, window = self.schedule.memory.block_size, self.schedule.window
-        position = torch.arange(self.start, self.start + chosen.shape[2], device=chosen.device)
+        position = self.positions(chosen.shape[2], chosen.device)
         first = self.schedule.local_start(position)
         cut = (first <= position - window) & (position >= self.schedule.dense_start)
         seam = torch.where(cut, first // size, NO_BLOCK)
@@ -78,7 +81,7 @@ class MemoryCall:
         memory = self.schedule.memory
         if not self.clamps(reads.shape[2]):
             return reads
-        position = torch.arange(self.start, self.start + reads.shape[2], device=reads.device)[:, None]
+        position = self.positions(reads.shape[2], reads.device)[:, None]
         is_far = (reads >= 0) & (position - reads * memory.block_size > memory.max_distance)
         return torch.where(is_far, reads + blocks, reads)
 
@@ -141,7 +144,7 @@ def _attend_sinks(call, query, key, value, out, lse) -> None:
 
 
 def _sink_query(call: MemoryCall, query: torch.Tensor) -> torch.Tensor:
-    far = torch.arange(call.start, call.start + query.shape[2], device=query.device) > call.schedule.memory.max_distance
+    far = call.positions(query.shape[2], query.device) > call.schedule.memory.max_distance
     return torch.where(far[:, None], call.far_query(query), query)
 
 
@@ -152,8 +155,7 @@ def _sink_scores(call, query, key, value) -> tuple[torch.Tensor, torch.Tensor, t
         x[:, :, :sinks].repeat_interleave(call.heads.per_group, 1).to(dtype) for x in (key, value)
     )
     scores = _sink_query(call, query).to(dtype) @ key.mT * call.scale
-    position = torch.arange(call.start, call.start + query.shape[2], device=query.device)
-    hidden = torch.arange(sinks, device=query.device) > position[:, None]
+    hidden = torch.arange(sinks, device=query.device) > call.positions(query.shape[2], query.device)[:, None]
     return scores.masked_fill(hidden, -torch.inf), key, value
 
 
@@ -162,9 +164,8 @@ def _sink_gradients(call, grad, query, key, value, out, lse, grads) -> None:
     weights = (scores - lse[..., None]).exp_()
     grad = grad.to(weights.dtype)
     scores = weights * (grad @ values.mT - (grad * out.to(weights.dtype)).sum(-1, keepdim=True)) * call.scale
-    position = torch.arange(call.start, call.start + query.shape[2], device=query.device)
-    turned = (call.schedule.memory.max_distance - position).clamp(max=0)
-    grads[0].add_(rotate(scores @ keys, -turned.expand(query.shape[:3]), call.inv_freq))
+    distance = call.schedule.memory.max_distance - call.positions(query.shape[2], query.device)
+    grads[0].add_(rotate(scores @ keys, -distance.clamp(max=0).expand(query.shape[:3]), call.inv_freq))
     groups, sinks = (call.heads.num_kv_heads, -1), keys.shape[2]
     grads[1][:, :, :sinks] += (scores.mT @ _sink_query(call, query).to(weights.dtype)).unflatten(1, groups).sum(2)
     grads[2][:, :, :sinks] += (weights.mT @ grad).unflatten(1, groups).sum(2)
