@@ -189,6 +189,12 @@ class PlannedAttention:
             keys.close_grad(block, *key_grads)
 
 
+def empty_accumulator(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out [B, H, Q, D] and lse [B, H, Q] of no key at all, in float32 at least: what attentions are merged into."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.zeros_like(query, dtype=dtype), query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+
+
 def connected_zeros(x: torch.Tensor) -> torch.Tensor:
     """Zeros shaped like x that stay part of its graph, even if no pattern selects any of these queries."""
     return x.masked_fill(x.new_ones((), dtype=torch.bool), 0)
@@ -217,9 +223,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, way, query, key, value, *constants):
-        lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        out = torch.zeros_like(query, dtype=lse_dtype)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
+        out, lse = empty_accumulator(query)
         kept = way.forward(query, key, value, out, lse, *constants)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse, *constants, *kept)

@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .attention_blocks import empty_accumulator
 from .attention_kernels import as_autocast, get_kernel, refuse_tangents
 from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
@@ -318,9 +319,7 @@ class DilatedLayer(CacheLayerMixin):
 
         written, pieces = step.once("decoding", self.place, plan)
         self._write(key, value, written)
-        lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        out = torch.zeros_like(query, dtype=lse_dtype)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype)
+        out, lse = empty_accumulator(query)
         kernel = get_kernel("sdpa", query)
         for rows, own in pieces:
             tensors = (x[rows] for x in (query, self.keys, self.values, out, lse))

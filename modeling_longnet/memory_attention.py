@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, merge_attentions
+from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, empty_accumulator, merge_attentions
 from .attention_kernels import get_kernel
 from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
@@ -222,8 +222,7 @@ def attend_stored(
     call: MemoryCall, query: torch.Tensor, store: Store, row: slice, chosen: torch.Tensor
 ) -> torch.Tensor:
     """Attention [B, H, Q, D] of rows of a store, whose keys are fetched as they are asked for. No gradient."""
-    dtype, end = torch.promote_types(query.dtype, torch.float32), call.start + query.shape[2]
-    out, lse = torch.zeros_like(query, dtype=dtype), query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    (out, lse), end = empty_accumulator(query), call.start + query.shape[2]
     blocks = call.blocks(query.shape[2], end)
     keys = StoredKeys(store, row, blocks, call.start - call.schedule.window, end)
     shown = PlannedAttention(get_kernel(call.backend, query), blocks, call.start, call.scale, keys.locate)
