@@ -12,6 +12,7 @@ Letters: h query heads of one key/value head, T queries, K reads of a query, m b
 D head dimension. All sums are in float32 at least, whatever the dtype of the keys.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,12 @@ class Stretch:
     def positions(self, pieces: Pieces) -> torch.Tensor:
         return self.start + pieces.rows % self.length
 
+    def offered(self, head: torch.Tensor, t: torch.Tensor, k: torch.Tensor) -> Iterator[torch.Tensor]:
+        """For each pattern behind the window: whether it shows keys at positions k to queries at t, of heads `head`."""
+        for (w, r), offsets in zip(self.schedule.patterns[1:], self.offsets):
+            s = offsets[head]
+            yield (t // w == k // w) & (t % w % r == s) & (k % w % r == s)
+
     def shown(self, pieces: Pieces, blocks: torch.Tensor) -> torch.Tensor:
         """Which keys of the pieces, bool [P, R, b], are to be read: the schedule shows the others already."""
         size = self.schedule.memory.block_size
@@ -85,10 +92,8 @@ class Stretch:
         shown = (k <= t - self.schedule.window) & pieces.real[..., None]
         if self.schedule.num_sink_tokens:
             shown &= k >= self.schedule.num_sink_tokens
-        head = pieces.rows // self.length
-        for (w, r), offsets in zip(self.schedule.patterns[1:], self.offsets):
-            s = offsets[head][..., None]
-            shown &= ~((t // w == k // w) & (t % w % r == s) & (k % w % r == s))
+        for offered in self.offered((pieces.rows // self.length)[..., None], t, k):
+            shown &= ~offered
         return shown
 
 

@@ -88,20 +88,19 @@ class RowAttention:
 
     def _hide(self) -> None:
         schedule, size, stretch = self.stretch.schedule, self.size, self.stretch
-        numbers = self.slots if stretch.numbers is None else stretch.numbers[self.slots]
-        row = torch.arange(len(numbers))
+        starts = stretch.block_starts(self.slots)
+        row = torch.arange(len(starts))
         t = (stretch.start + row % stretch.length)[:, None, None]
         self.logits.masked_fill_(~self.real[..., None], -torch.inf)
-        tokens = numbers[:, -1:, None] * size + torch.arange(size)
+        tokens = starts[:, -1:, None] + torch.arange(size)
         self.logits[:, -1:].masked_fill_(tokens > t - schedule.window, -torch.inf)  # where the window begins
         whole, rest = divmod(schedule.num_sink_tokens, size)
         if rest:
-            self.logits[..., :rest].masked_fill_((numbers == whole)[..., None], -torch.inf)
+            self.logits[..., :rest].masked_fill_((starts == whole * size)[..., None], -torch.inf)
         if len(schedule.patterns) > 1:
-            tokens = numbers[..., None] * size + torch.arange(size)
-        for (w, r), offsets in zip(schedule.patterns[1:], stretch.offsets):
-            s = offsets[row // stretch.length][:, None, None]
-            self.logits.masked_fill_((t // w == tokens // w) & (t % w % r == s) & (tokens % w % r == s), -torch.inf)
+            tokens = starts[..., None] + torch.arange(size)
+        for offered in stretch.offered((row // stretch.length)[:, None, None], t, tokens):
+            self.logits.masked_fill_(offered, -torch.inf)
 
     def lse(self) -> torch.Tensor:
         """The log-sum-exp of all that each query reads, [h T]."""
