@@ -198,7 +198,7 @@ class DilatedLayer(CacheLayerMixin):
     def __init__(self, schedule: DilationSchedule, max_length: int | None, heads_per_key: int, layer_idx: int):
         super().__init__()
         self.schedule, self.heads_per_key, self.layer_idx = schedule, heads_per_key, layer_idx
-        self.max_length = max_length if max_length and max_length < max(schedule.segment_lengths) else None
+        self._bound(max_length)
         self.is_compileable = max_length is None  # else it may grow, as a DynamicCache does
         self.record_past = self.awaited = False
         self.heads: Heads | None = None
@@ -232,10 +232,14 @@ class DilatedLayer(CacheLayerMixin):
         self.layout, self.heads, self.tables = layout, layout.heads, layout.tables(self.device)
         self.place = layout_name(layout), str(self.device)
 
+    def _bound(self, max_length: int | None) -> None:
+        """Texts of the longest segment need all the slots that there ever are."""
+        self.max_length = max_length if max_length and max_length < max(self.schedule.segment_lengths) else None
+
     def grow(self, max_length: int) -> None:
         """Slots for texts of up to `max_length` tokens."""
-        self.max_length = max_length if max_length < max(self.schedule.segment_lengths) else None
-        if not self.is_initialized:
+        self._bound(max_length)
+        if self.layout is None:  # they are not there yet, or the layer has none
             return
         old = self.layout
         self._set_layout(replace(old, max_length=self.max_length))

@@ -48,10 +48,6 @@ class MemoryLayer(DilatedLayer):
         self.heads = self.heads or self.heads_of(shape.groups)
         self.is_initialized = True
 
-    def grow(self, max_length: int) -> None:
-        """The other layers need slots before tokens come; this one makes its own room."""
-        self.max_length = max_length if max_length < max(self.schedule.segment_lengths) else None
-
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
         if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint:
             return self._attend_chunk(step, query, key, value, scale, None)
