@@ -34,7 +34,7 @@ from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import as_integer
 from .memory_pages import STATE_NAME, StoreFolder
 from .memory_store import BankedStore, RowFiles, make_store
-from .streaming import interrupts_noted
+from .streaming import evaluating, interrupts_noted
 from .transformers_compat import named_cache
 
 
@@ -202,20 +202,16 @@ def _begin(model: PreTrainedModel, text: dict[str, torch.Tensor], path: str | Pa
 
 def _read(model, cache: DilatedCache, text, path, chunk_size: int, save_every: int, progress: bool) -> None:
     ids, position = text["input_ids"], cache.get_seq_length()
-    training, done = model.training, 0
+    done = 0
     bar = tqdm(total=len(ids), initial=position, unit="tok", unit_scale=True, desc="reading", disable=not progress)
-    model.eval()
-    try:
-        with interrupts_noted() as noted, bar, torch.inference_mode():
-            while position < len(ids) and not noted:
-                chunk = ids[None, position : position + chunk_size].long().to(model.device)
-                model.base_model(input_ids=chunk, use_cache=True, **named_cache(cache))
-                position, done = position + chunk.shape[1], done + 1
-                bar.update(chunk.shape[1])
-                if done % save_every == 0 or position == len(ids) or noted:
-                    save_cache(path, cache, model, **text)
-    finally:
-        model.train(training)
+    with evaluating(model), interrupts_noted() as noted, bar, torch.inference_mode():
+        while position < len(ids) and not noted:
+            chunk = ids[None, position : position + chunk_size].long().to(model.device)
+            model.base_model(input_ids=chunk, use_cache=True, **named_cache(cache))
+            position, done = position + chunk.shape[1], done + 1
+            bar.update(chunk.shape[1])
+            if done % save_every == 0 or position == len(ids) or noted:
+                save_cache(path, cache, model, **text)
     if position < len(ids):
         raise KeyboardInterrupt
 

@@ -64,6 +64,18 @@ def interrupts_noted() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """While open the model is in evaluation mode; then each of its modules is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class TextStream:
     """A text on its way through a model: what has been read, and the loss so far.
 
@@ -104,13 +116,8 @@ class TextStream:
     def next_logits(self) -> torch.Tensor:
         """Reads a chunk; returns its logits [Q, V], of which row i predicts the token behind the chunk's i-th."""
         chunk = self._read(self.position, self.position + self.chunk_size)
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                logits = self.model(input_ids=chunk[None], use_cache=True, **named_cache(self.cache)).logits[0]
-        finally:
-            self.model.train(training)
+        with evaluating(self.model), torch.no_grad():
+            logits = self.model(input_ids=chunk[None], use_cache=True, **named_cache(self.cache)).logits[0]
         self.position += len(chunk)
         return logits
 

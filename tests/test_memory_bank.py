@@ -210,3 +210,11 @@ def test_documents_without_tokens_of_the_model_are_refused(documents, said, tmp_
     with pytest.raises(ValueError, match=f"`documents` must hold .*{said}"):
         MemoryBank.from_tokens(with_memory("alone"), documents, tmp_path / "bank", progress=False)
     assert not (tmp_path / "bank").exists()
+
+
+def test_reading_leaves_each_module_in_its_mode(tmp_path):
+    model = with_memory("alone").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    make_bank(model, tmp_path / "bank")
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2

@@ -53,6 +53,14 @@ def test_stream_is_whole_forward():
     torch.testing.assert_close(torch.cat([part for _, part in parts]), logits, atol=1e-5, rtol=0)
 
 
+def test_a_stream_leaves_each_module_in_its_mode():
+    model = make_model().train()
+    model.model.layers[0].eval()  # held there, as a frozen part is
+    modes = [module.training for module in model.modules()]
+    stream_loss(model, make_text(100), 32, progress=False)
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+
 def test_patched_models_stream():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
