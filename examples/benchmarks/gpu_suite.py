@@ -4,10 +4,11 @@
     python -m examples.benchmarks.gpu_suite --dry-run          # the same on a CPU at small sizes: no figure counts
     python -m examples.benchmarks.gpu_suite --resume           # goes on after an interruption
 
-In this order: correctness of every backend against float64; launches; forward and forward + backward from 16K to 1M
-tokens beside dense flash attention, dense flash of equal arithmetic (short texts in a batch) and a sliding window of
-equal arithmetic; decoding; a training step; tiles for the Triton kernels. Writes gpu_suite.json after each part,
-gpu_suite.md (tables) and gpu_suite.png. What no longer fits into --budget is left out and named.
+In this order: the Triton kernels compiled, side by side; correctness of every backend against float64; launches;
+forward and forward + backward from 16K to 1M tokens beside dense attention (FlashAttention-2 and cuDNN), dense flash
+of equal arithmetic (short texts in a batch) and a sliding window of equal arithmetic; decoding; a training step; tiles
+for the Triton kernels. Writes gpu_suite.json after each part, gpu_suite.md (tables) and gpu_suite.png. What no longer
+fits into --budget is left out and named.
 
 Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, w segment length, r dilation rate.
 """
@@ -21,14 +22,17 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from examples.benchmarks.triton_compile_check import compile_ahead
 from examples.measuring import measure, median, peak_memory, reset_peak_memory
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.runs import end_script, geometric_patterns
 from modeling_longnet import DilatedCache, dilated_attention, dilated_attention_reference, patch_model, triton_attention
 from modeling_longnet.attention_kernels import HAS_TRITON, why_not
+from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.transformers_compat import named_cache
 
 
@@ -39,7 +43,7 @@ PATCH = {"overlap": "once", "local": "sliding", "num_sink_tokens": 4}
 REAL = {
     "device": "cuda", "dtypes": ["bfloat16", "float16", "float32"], "correct_length": 700, "correct_first": 64,
     "widths": [64, 128], "heads": 16, "groups": 4, "lengths": [2**n for n in range(14, 21)], "first": 2048,
-    "launch_length": 8192, "repeats": 5, "slowest": 4.0, "contexts": [2048, 8192, 32768], "decoded": 32,
+    "launch_length": 8192, "repeats": 5, "slowest": 1.5, "contexts": [2048, 8192, 32768], "decoded": 32,
     "hidden": 768, "layers": 12, "vocabulary": 32000, "train_length": 16384, "patch": [[256, 1024, 4096], [1, 4, 16]],
 }  # fmt: skip
 DRY = REAL | {
@@ -78,6 +82,40 @@ def with_gradients(function: Callable, tensors: list[torch.Tensor], backward: bo
     return run
 
 
+def compiling(sizes: dict) -> Iterator[dict]:
+    """All Triton kernels of the parts below."""
+    if sizes["device"] == "cpu" or not HAS_TRITON:
+        return
+    dtypes, (lengths, rates) = [getattr(torch, x) for x in sizes["dtypes"]], sizes["patch"]
+    shape = {"heads": sizes["heads"], "groups": sizes["groups"]}
+    patch = DilationSchedule(tuple(lengths), tuple(rates), **PATCH)
+    heads = max(1, sizes["hidden"] // 64)
+    settings = [{"schedule": patch, "dtype": dtypes[0], "width": 64, "heads": heads, "groups": heads}]
+    for width in sizes["widths"]:
+        one = shape | {"dtype": dtypes[0], "width": width}
+        settings.append(one | {"schedule": patch})
+        for length in (min(sizes["lengths"]), max(sizes["lengths"])):
+            settings.append(one | {"schedule": _geometric(length, sizes["first"]), "length": length})
+        settings += [one | {"schedule": _geometric(16384, 256), "length": 16384, "tiles": x} for x in _tiles()]
+        for dtype in dtypes:
+            for options in correctness_cases(sizes).values():
+                options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}
+                packed = options.pop("document_ids", None) is not None
+                case = {"schedule": DilationSchedule(**options), "packed": packed, "length": sizes["correct_length"]}
+                settings.append(shape | case | {"dtype": dtype, "width": width})
+    began = time.monotonic()
+    launches, errors = compile_ahead(settings)
+    yield {"launches": launches, "seconds": time.monotonic() - began, "errors": errors}
+
+
+def _geometric(length: int, first: int) -> DilationSchedule:
+    return DilationSchedule(*zip(*geometric_patterns(length, first, clip=True)))
+
+
+def _tiles() -> list[triton_attention.Tiles]:
+    return [triton_attention.Tiles(*x) for x in TILES]
+
+
 def correctness_cases(sizes: dict) -> dict[str, dict]:
     first = sizes["correct_first"]
     lengths, rates = [first, 2 * first, 8 * first], [1, 2, 4]
@@ -103,15 +141,17 @@ def correctness(sizes: dict) -> Iterator[dict]:
             for name, options in correctness_cases(sizes).items():
                 exact, plain = (_out_and_grads(dilated_attention_reference, x, options) for x in (doubles, tensors))
                 naive = [_error(x, y) for x, y in zip(plain, exact)]
+                # Half precisions: twice the definition's own error, and float32 within 1e-5 (docs say why).
+                bounds = [1e-5 if dtype == torch.float32 else max(2 * e, 1e-4) for e in naive]
                 for backend in backends(tensors[0], sizes):
-                    got = _out_and_grads(dilated_attention, tensors, options | {"backend": backend})
-                    errors = [_error(x, y) for x, y in zip(got, exact)]
-                    # Half precisions: twice the definition's own error, and float32 within 1e-5 (docs say why).
-                    bounds = [1e-5 if dtype == torch.float32 else max(2 * e, 1e-4) for e in naive]
-                    yield {
-                        "case": name, "backend": backend, "dtype": dtype_name, "D": width, "errors": errors,
-                        "naive": naive, "passed": all(e <= bound for e, bound in zip(errors, bounds)),
-                    }  # fmt: skip
+                    row = {"case": name, "backend": backend, "dtype": dtype_name, "D": width}
+                    try:
+                        got = _out_and_grads(dilated_attention, tensors, options | {"backend": backend})
+                        errors = [_error(x, y) for x, y in zip(got, exact)]
+                        passed = all(e <= bound for e, bound in zip(errors, bounds))
+                        yield row | {"errors": errors, "naive": naive, "passed": passed}
+                    except Exception as error:  # a kernel that does not run leaves the others to be measured
+                        yield row | {"errors": f"{type(error).__name__}: {error}"[:200], "passed": False}
 
 
 def _out_and_grads(function: Callable, tensors: list[torch.Tensor], options: dict) -> list[torch.Tensor]:
@@ -171,6 +211,8 @@ def sides_of(sizes: dict, length: int, width: int, dtype: torch.dtype) -> dict[s
     ]
     sides["dense, equal arithmetic"] = flash, [x.requires_grad_() for x in texts], equal / 2
     sides["dense"] = flash, tensors, length / 2
+    if sizes["device"] == "cuda":
+        sides["dense, cuDNN"] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(flash), tensors, length / 2
     window = min(int(scores), length)
     sides["sliding window"] = _window(sizes, window), tensors, window
     return sides
@@ -223,9 +265,10 @@ def _take_turns(sizes: dict, runs: dict, results: dict, gone: dict[str, str]) ->
             times[name] = [first]
             if first["seconds"] > sizes["slowest"] / 2:
                 gone[name] = f"{first['seconds']:.1f} s at a shorter length"
-        except torch.OutOfMemoryError:
-            results[name] = {"left_out": "out of memory"}
-            gone[name] = "out of memory at a shorter length"
+        except Exception as error:  # one side that does not run leaves the others to be measured
+            told = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{error}".splitlines()[0][:100]
+            results[name] = {"left_out": told}
+            gone[name] = f"{told}, at a shorter length"
             torch.cuda.empty_cache()
     for _ in range(sizes["repeats"] - 1):
         for name, found in times.items():
@@ -297,9 +340,9 @@ def tiles(sizes: dict) -> Iterator[dict]:
         for first in (256, 2048):
             patterns = geometric_patterns(16384, first, clip=True)
             tensors = inputs(sizes, 16384, width, dtype)
-            for shape in TILES:
-                row = {"D": width, "w / r": first, "tiles": list(shape)}
-                triton_attention.choose_tiles = lambda *_, shape=shape: triton_attention.Tiles(*shape)
+            for shape in _tiles():
+                row = {"D": width, "w / r": first, "tiles": list(vars(shape).values())}
+                triton_attention.choose_tiles = lambda *_, shape=shape: shape
                 try:
                     for name, backward in (("forward", False), ("both", True)):
                         run = with_gradients(dilated(patterns, "triton"), tensors, backward)
@@ -313,8 +356,8 @@ def tiles(sizes: dict) -> Iterator[dict]:
 
 
 PARTS = {
-    "correctness": correctness, "launches": launches, "lengths": lengths, "decoding": decoding, "training": training,
-    "tiles": tiles,
+    "compiling": compiling, "correctness": correctness, "launches": launches, "lengths": lengths,
+    "decoding": decoding, "training": training, "tiles": tiles,
 }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """What a memory costs: one layer of SmolLM2's shape, forward and decoding, beside dense attention and no memory.
 
     python -m examples.benchmarks.memory_cost --output docs/results/memory_cost.json
+    python -m examples.benchmarks.memory_cost --device cuda --dtype bfloat16 --output memory_cost_gpu.json
 
-Random queries, keys and values, float32. The ways take turns; each figure is the least of the rounds' processor
-times, so that other work on the machine counts little. Choice and attention of the memory are told apart. Decoding is
-one token after so many, in place and from files of which the system has the pages in memory; with the bytes that it
-reads.
+Random queries, keys and values. The ways take turns; each figure is the least of the rounds' processor times (on a GPU
+by the clock), so that other work on the machine counts little. Choice and attention of the memory are told apart.
+Decoding is one token after so many, in place and from files of which the system has the pages in memory (on a GPU from
+pinned memory of the host); with the bytes that it reads.
 """
 
 import argparse
@@ -38,11 +39,11 @@ MEMORY = {"block_size": 4, "top_k": 64, "max_distance": NATIVE // 2}
 INV_FREQ = THETA ** -(torch.arange(0, WIDTH, 2) / WIDTH)
 
 
-def forward_ways(length: int) -> dict:
-    """What to time, by name, for a text of so many tokens."""
-    query, key, value = (torch.randn(1, n, length, WIDTH) for n in (HEADS, GROUPS, GROUPS))
+def forward_ways(length: int, like: dict) -> dict:
+    """What to time, by name, for a text of so many tokens; like: dtype and device."""
+    query, key, value = (torch.randn(1, n, length, WIDTH, **like) for n in (HEADS, GROUPS, GROUPS))
     schedule = DilationSchedule(**SETTINGS, memory=MEMORY)
-    call = MemoryCall(Ranking(schedule, INV_FREQ), 0, Heads(HEADS, GROUPS), WIDTH**-0.5, "sdpa")
+    call = MemoryCall(Ranking(schedule, INV_FREQ.to(like["device"])), 0, Heads(HEADS, GROUPS), WIDTH**-0.5, "sdpa")
     chosen = choose(call, query, key)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     return {
@@ -53,15 +54,19 @@ def forward_ways(length: int) -> dict:
     }
 
 
-def decoding_ways(length: int, folder: Path) -> tuple[dict, dict]:
+def decoding_ways(length: int, folder: Path, like: dict) -> tuple[dict, dict]:
     """What to time for one token behind so many, and the bytes that each way reads."""
-    query, key, value = (torch.randn(1, n, m, WIDTH) for n, m in ((HEADS, 1), (GROUPS, length), (GROUPS, length)))
+    shapes = (HEADS, 1), (GROUPS, length), (GROUPS, length)
+    query, key, value = (torch.randn(1, n, m, WIDTH, **like) for n, m in shapes)
     schedule = DilationSchedule(**SETTINGS, memory=MEMORY)
-    ranking, shape = Ranking(schedule, INV_FREQ), Shape(1, GROUPS, WIDTH, key.dtype, key.device, MEMORY["block_size"])
-    sdpa, position = torch.nn.functional.scaled_dot_product_attention, torch.tensor([length - 1])
+    ranking, shape = (
+        Ranking(schedule, INV_FREQ.to(like["device"])),
+        Shape(1, GROUPS, WIDTH, key.dtype, key.device, MEMORY["block_size"]),
+    )
+    sdpa, position = torch.nn.functional.scaled_dot_product_attention, torch.tensor([length - 1], device=query.device)
     ways = {"dense": lambda: sdpa(query, key, value, enable_gqa=True)}
     index_bytes = 0
-    for name in ("device", "disk"):
+    for name in ("device", "cpu" if like["device"] == "cuda" else "disk"):
         store = make_store(name, shape, StoreFolder(folder, is_new=True) if name == "disk" else None, 0)
         store.write(slice(None), 0, key, value)
         for index, made in (("index", ranking.index(key)), ("far", ranking.far_index(key))):
@@ -76,8 +81,9 @@ def decoding_ways(length: int, folder: Path) -> tuple[dict, dict]:
     return ways, read
 
 
-def least_seconds(ways: dict, rounds: int) -> dict[str, float]:
-    return {name: least(turns, "cpu_seconds") for name, turns in in_turns(ways, rounds).items()}
+def least_seconds(ways: dict, rounds: int, device: str) -> dict[str, float]:
+    counted = "seconds" if device == "cuda" else "cpu_seconds"
+    return {name: least(turns, counted) for name, turns in in_turns(ways, rounds, device).items()}
 
 
 def draw(result: dict, path: Path) -> None:
@@ -86,7 +92,7 @@ def draw(result: dict, path: Path) -> None:
         rows = result[part]
         for name in rows[0]["seconds"]:
             axis.plot([r["tokens"] for r in rows], [r["seconds"][name] * factor for r in rows], marker="o", label=name)
-        axis.set(xlabel="tokens", ylabel=f"{part}: processor time ({unit})", xscale="log", yscale="log")
+        axis.set(xlabel="tokens", ylabel=f"{part}: time of one layer ({unit})", xscale="log", yscale="log")
         axis.legend(fontsize=7)
     save_figure(figure, path, result["provenance"])
 
@@ -97,21 +103,30 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; the plot is written beside it")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    result = {"provenance": provenance(), "memory": MEMORY, "settings": SETTINGS, "forward": [], "decoding": []}
+    like = {"dtype": getattr(torch, options.dtype), "device": options.device}
+    result = {
+        "provenance": provenance(), "memory": MEMORY, "settings": SETTINGS, "dtype": options.dtype, "forward": [],
+        "decoding": [],
+    }  # fmt: skip
     for length in tqdm(options.lengths, unit="length"):
-        seconds = least_seconds(forward_ways(length), options.rounds)
+        seconds = least_seconds(forward_ways(length, like), options.rounds, options.device)
         seconds["memory"] = seconds["memory: choice"] + seconds["memory: attention"]
         result["forward"].append(
             {"tokens": length, "seconds": seconds, "dense over memory": seconds["dense"] / seconds["memory"]}
         )
         with tempfile.TemporaryDirectory() as folder:
-            ways, read = decoding_ways(length, Path(folder) / "pages")
+            ways, read = decoding_ways(length, Path(folder) / "pages", like)
             result["decoding"].append(
-                {"tokens": length, "seconds": least_seconds(ways, 20 * options.rounds), "bytes read": read}
-            )
+                {
+                    "tokens": length, "seconds": least_seconds(ways, 20 * options.rounds, options.device),
+                    "bytes read": read,
+                }
+            )  # fmt: skip
         for part in ("forward", "decoding"):
             tqdm.write(f"{part} {result[part][-1]}")
         write_json(options.output, result)

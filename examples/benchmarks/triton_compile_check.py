@@ -16,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from examples.reporting import provenance, write_json
 from modeling_longnet import triton_attention
@@ -40,12 +43,18 @@ SCHEDULES = {
 
 
 def record_launches(schedule: DilationSchedule, dtype: torch.dtype, width: int, packed: bool = False,
-                    length: int = 8192, heads: int = 8, groups: int = 2) -> list[tuple[Any, dict, Any]]:  # fmt: skip
-    """(kernel, arguments, tiles) of every launch of a forward and backward, none of which is started."""
+                    length: int = 8192, heads: int = 8, groups: int = 2,
+                    tiles: triton_attention.Tiles | None = None) -> list[tuple[Any, dict, Any]]:  # fmt: skip
+    """(kernel, arguments, tiles) of every launch of a forward and backward, none of which is started.
+
+    tiles: of all kernels, instead of those that the backend chooses.
+    """
     query = torch.empty(2, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
     key, value = (torch.empty(2, length, groups, width, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
     ids = torch.arange(length).div(3000, rounding_mode="floor").expand(2, -1) if packed else None
-    launches, start = [], triton_attention.start_kernel
+    launches, start, choose = [], triton_attention.start_kernel, triton_attention.choose_tiles
+    if tiles:
+        triton_attention.choose_tiles = lambda *_: tiles
     triton_attention.start_kernel = lambda kernel, programs, arguments, device, tiles: launches.append(
         (kernel, arguments, tiles)
     )
@@ -55,8 +64,29 @@ def record_launches(schedule: DilationSchedule, dtype: torch.dtype, width: int, 
         triton_attention.triton_forward(call, out, lse)
         triton_attention.triton_backward(call, torch.empty_like(out), out, lse)
     finally:
-        triton_attention.start_kernel = start
+        triton_attention.start_kernel, triton_attention.choose_tiles = start, choose
     return launches
+
+
+def _compile_here(settings: dict) -> tuple[int, str]:
+    launches = record_launches(**settings)
+    try:
+        for kernel, arguments, tiles in launches:
+            kernel.warmup(**arguments, grid=(1,), num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    except Exception as error:  # whatever the compiler says; the launch itself will say it again
+        return 0, f"{settings}: {type(error).__name__}: {error}"[:300]
+    return len(launches), ""
+
+
+def compile_ahead(settings: list[dict], processes: int | None = None) -> tuple[int, list[str]]:
+    """Compiles what these arguments of `record_launches` would launch, for the GPU of this machine and into Triton's
+    cache on disk, in processes side by side: one after the other, each kernel takes about a second.
+
+    Returns the number of launches, and what went wrong.
+    """
+    with ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn")) as pool:
+        done = list(tqdm(pool.map(_compile_here, settings), total=len(settings), desc="compiling", unit="setting"))
+    return sum(count for count, _ in done), [error for _, error in done if error]
 
 
 def signature_of(kernel: Any, arguments: dict) -> tuple[dict, dict, dict]:
