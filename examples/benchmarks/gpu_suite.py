@@ -27,13 +27,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from examples.benchmarks.triton_compile_check import compile_ahead
+from examples.benchmarks.triton_tiles import TILES, choosing, fastest, measure_tiles
 from examples.measuring import measure, median, peak_memory, reset_peak_memory
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.runs import end_script, geometric_patterns
-from modeling_longnet import DilatedCache, dilated_attention, dilated_attention_reference, patch_model, triton_attention
+from modeling_longnet import DilatedCache, dilated_attention, dilated_attention_reference, patch_model
 from modeling_longnet.attention_kernels import HAS_TRITON, why_not
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.transformers_compat import named_cache
+from modeling_longnet.triton_attention import Tiles
 
 
 aten = torch.ops.aten
@@ -51,10 +53,6 @@ DRY = REAL | {
     "groups": 1, "lengths": [64, 128], "first": 32, "launch_length": 64, "repeats": 1, "contexts": [48], "decoded": 2,
     "hidden": 32, "layers": 1, "vocabulary": 61, "train_length": 64, "patch": [[16, 32], [1, 2]],
 }  # fmt: skip
-# Rows of queries and keys, warps, stages: what the compile check found to spill little.
-TILES = [
-    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 2)
-]  # fmt: skip
 
 
 def backends(query: torch.Tensor, sizes: dict) -> list[str]:
@@ -96,7 +94,9 @@ def compiling(sizes: dict) -> Iterator[dict]:
         settings.append(one | {"schedule": patch})
         for length in (min(sizes["lengths"]), max(sizes["lengths"])):
             settings.append(one | {"schedule": _geometric(length, sizes["first"]), "length": length})
-        settings += [one | {"schedule": _geometric(16384, 256), "length": 16384, "tiles": x} for x in _tiles()]
+        shapes = {shape for candidates in TILES.values() for shape in candidates}
+        tiled = one | {"schedule": _geometric(16384, 256), "length": 16384}
+        settings += [tiled | {"tiles": Tiles(*shape)} for shape in shapes]
         for dtype in dtypes:
             for options in correctness_cases(sizes).values():
                 options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}
@@ -110,10 +110,6 @@ def compiling(sizes: dict) -> Iterator[dict]:
 
 def _geometric(length: int, first: int) -> DilationSchedule:
     return DilationSchedule(*zip(*geometric_patterns(length, first, clip=True)))
-
-
-def _tiles() -> list[triton_attention.Tiles]:
-    return [triton_attention.Tiles(*x) for x in TILES]
 
 
 def correctness_cases(sizes: dict) -> dict[str, dict]:
@@ -297,17 +293,21 @@ def decoding(sizes: dict) -> Iterator[dict]:
     dense, patched = small_llama(sizes, None, dense=True).eval(), small_llama(sizes, None).eval()
     for context in sizes["contexts"]:
         row = {"tokens": context, "sides": {}}
-        for name, model, cache in (
-            ("dense, dynamic cache", dense, DynamicCache(config=dense.config)),
-            ("patched, bounded cache", patched, DilatedCache(patched.config)),
+        # PyTorch's first choice on Hopper, cuDNN, plans anew for each length: dense is measured without it too.
+        for name, model, cache, cudnn in (
+            ("dense, dynamic cache", dense, DynamicCache(config=dense.config), True),
+            ("dense, dynamic cache, no cuDNN", dense, DynamicCache(config=dense.config), False),
+            ("patched, bounded cache", patched, DilatedCache(patched.config), True),
         ):
             text = torch.randint(sizes["vocabulary"], (1, context), device=sizes["device"])
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             model(text, **named_cache(cache), use_cache=True, logits_to_keep=1)
             times = [
                 measure(lambda m=model, c=cache, t=text: m(t[:, :1], **named_cache(c), use_cache=True), sizes["device"])
                 for _ in range(sizes["decoded"])
             ]
             row["sides"][name] = {"seconds": median(times[sizes["decoded"] // 4 :])}
+            torch.backends.cuda.enable_cudnn_sdp(True)
         yield row
 
 
@@ -334,30 +334,18 @@ def training(sizes: dict) -> Iterator[dict]:
 
 
 def tiles(sizes: dict) -> Iterator[dict]:
-    """Seconds of the Triton kernels with other tiles, for the table that the backend is to choose by."""
-    dtype, choose = getattr(torch, sizes["dtypes"][0]), triton_attention.choose_tiles
+    """Seconds of each Triton kernel with other tiles, for the table that the backend chooses by."""
     for width in sizes["widths"] if sizes["device"] == "cuda" and HAS_TRITON else ():
+        tensors = inputs(sizes, 16384, width, getattr(torch, sizes["dtypes"][0]))
         for first in (256, 2048):
             patterns = geometric_patterns(16384, first, clip=True)
-            tensors = inputs(sizes, 16384, width, dtype)
-            for shape in _tiles():
-                row = {"D": width, "w / r": first, "tiles": list(vars(shape).values())}
-                triton_attention.choose_tiles = lambda *_, shape=shape: shape
-                try:
-                    for name, backward in (("forward", False), ("both", True)):
-                        run = with_gradients(dilated(patterns, "triton"), tensors, backward)
-                        run()
-                        row[name] = median([measure(run, sizes["device"]) for _ in range(sizes["repeats"])])
-                except Exception as error:  # whatever the compiler or a launch says belongs into the record
-                    row["error"] = f"{type(error).__name__}: {error}"[:200]
-                finally:
-                    triton_attention.choose_tiles = choose
-                yield row
+            run = with_gradients(dilated(patterns, "triton"), tensors, True)
+            yield from ({"w / r": first} | row for row in measure_tiles(run, width, sizes["repeats"]))
 
 
 PARTS = {
-    "compiling": compiling, "correctness": correctness, "launches": launches, "lengths": lengths,
-    "decoding": decoding, "training": training, "tiles": tiles,
+    "compiling": compiling, "correctness": correctness, "launches": launches, "tiles": tiles, "lengths": lengths,
+    "decoding": decoding, "training": training,
 }  # fmt: skip
 
 
@@ -414,13 +402,17 @@ def run(args: argparse.Namespace, sizes: dict) -> dict:
     for part in [name for name in args.parts if name not in record["parts"]]:
         rows = record["parts"][part] = []
         record["unfinished"] = [part]
-        for row in PARTS[part](sizes):
-            rows.append(row)
-            for line in lines_of(part, row):
-                print(f"{part}: {'  '.join(line)}", flush=True)
-            if time.monotonic() - began > args.budget:
-                record["left_out"].append(f"{part} after {len(rows)} rows: the budget of {args.budget} s was spent")
-                break
+        best = fastest(record["parts"].get("tiles", [])) if args.fastest_tiles else {}
+        record["tiles"] = {f"{kernel}, D = {width}": list(vars(x).values()) for (kernel, width), x in best.items()}
+        with choosing(best):
+            for row in PARTS[part](sizes):
+                rows.append(row)
+                for line in lines_of(part, row):
+                    print(f"{part}: {'  '.join(line)}", flush=True)
+                if time.monotonic() - began > args.budget:
+                    told = f"{part} after {len(rows)} rows: the budget of {args.budget} s was spent"
+                    record["left_out"].append(told)
+                    break
         record["unfinished"] = []
         write_json(path, record)
     write_table(args.output_dir / "gpu_suite.md", record)
@@ -433,6 +425,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--budget", type=float, default=540, help="seconds after which the rest is left out")
+    parser.add_argument("--fastest-tiles", action="store_true", help="later parts take those that part `tiles` found")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at small sizes")
     parser.add_argument("--resume", action="store_true", help="keep the parts that an interrupted run finished")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/gpu_suite"))
