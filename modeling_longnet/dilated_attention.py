@@ -1,7 +1,5 @@
 """Dilated attention: the public operator, its exact and lean forward and backward, and a drop-in layer.
 
-`dilated_attention` is longer than other functions by its arguments and what they mean.
-
 Letters: B batch, H query heads, G key/value heads (H % G == 0), N tokens of the keys, Q tokens of the queries, D head
 dimension, w segment length, r dilation rate.
 """
@@ -297,6 +295,7 @@ def scheduled_attention(
     return (out, lse) if return_lse else out
 
 
+# Longer than other functions: by its arguments and what they mean.
 def dilated_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -9,8 +9,6 @@ model is changed, and no mask of pairs is built. What a patch is stands as plain
 `model.config.dilated_attention`. Where PEFT is installed its class of models is changed, and no other one, as long as a
 model lives that was patched: it then saves these settings beside an adapter (see adapter_files.py).
 
-`patch_model` is longer than other functions by its arguments and what they mean.
-
 Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, w segment length, r dilation rate.
 """
 
@@ -129,6 +127,7 @@ def _set_instance_attributes(model: PreTrainedModel) -> None:
         set_instance_generation(model, prepare_dilated_cache)
 
 
+# Longer than other functions: by its arguments and what they mean.
 def patch_model(
     model: nn.Module,
     segment_lengths: Sequence[int],

@@ -1,6 +1,6 @@
 """The seam to Transformers: every difference between its releases, and every name of it that its documentation does
-not promise. The other files use what this one offers, in the newest release's words (`cache`). It is longer than other
-files because it is the one place to look at when a release appears.
+not promise. The other files use what this one offers, in the newest release's words (`cache`). Longer than other files:
+the one place to look at when a release appears.
 
 A release may make us refuse, never make us wrong: names that are looked up here and are gone raise an ImportError.
 

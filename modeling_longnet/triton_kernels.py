@@ -252,6 +252,7 @@ def attend_tile(q, m, z, acc, K, V, column, rows, k_step, v_step, scale, low, li
     return larger, z * shrink + tl.sum(e, 1), acc
 
 
+# Longer than other functions: one program, whose tiles would travel through each call.
 @jit
 def forward_kernel(Q, K, V, SOURCE, TARGET, LSE, TABLE, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch,
                    v_head, v_token, o_batch, o_head, o_token, batch, heads, groups, head_start, total_heads, queries,
@@ -370,6 +371,7 @@ def query_grad_tile(q, grad, lse, sums, dq, K, V, column, rows, k_step, v_step, 
     return dq + product(ds.to(k.dtype), k, INTERPRETED)
 
 
+# Longer than other functions: one program, whose tiles would travel through each call.
 @jit
 def query_grad_kernel(Q, K, V, GRAD, LSE, SUMS, SOURCE, TARGET, TABLE, q_batch, q_head, q_token, k_batch, k_head,
                       k_token, v_batch, v_head, v_token, g_batch, g_head, g_token, o_batch, o_head, o_token, batch,

@@ -85,6 +85,7 @@ def key_grad_tile(k, v, dk, dv, Q, GRAD, LSE, SUMS, row, row_stop, q_step, g_ste
     return dk, dv
 
 
+# Longer than other functions: one program, whose tiles would travel through each call.
 @jit
 def key_grad_kernel(Q, K, V, GRAD, LSE, SUMS, DK, DV, TABLE, q_batch, q_head, q_token, k_batch, k_head, k_token,
                     v_batch, v_head, v_token, g_batch, g_head, g_token, d_batch, d_head, d_token, batch, heads, groups,

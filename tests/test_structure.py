@@ -1,4 +1,4 @@
-"""How the package hangs together: no state of modules that functions change, and no import that leads back."""
+"""How the code hangs together: no state of modules that functions change, no import that leads back, nothing long."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 
-PACKAGE = Path(__file__).parent.parent / "modeling_longnet"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_longnet"
 FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 MUTATORS = {
@@ -144,3 +145,49 @@ def test_no_import_leads_back():
     assert not {n for n in below["modeling_longnet"] if n.startswith(("patch", "sequence_"))}
     assert imports_of("dilated_attention_reference") == set()
     assert {name for name in FILES if "dilated_attention_reference" in imports_of(name)} == {"__init__"}
+
+
+LONGEST_FUNCTION, LONGEST_FILE = 60, 450  # lines, docstrings counted
+
+
+def too_long(source: str) -> list[str]:
+    """What of a file is too long without a head that says why: `# Longer than other functions: ...` directly above a
+    function and its decorators, "Longer than other files: ..." in the docstring of a file."""
+    tree, lines, found = ast.parse(source), source.splitlines(), []
+    docstring = " ".join((ast.get_docstring(tree) or "").split())
+    if len(lines) > LONGEST_FILE and "Longer than other files: " not in docstring:
+        found.append("the file")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            head = lines[first - 2].strip() if first > 1 else ""
+            is_long = node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+            if is_long and not head.startswith("# Longer than other functions: "):
+                found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["modeling_longnet", "conversion", "examples"])
+def test_what_is_long_says_why(folder):
+    found = {str(path): too_long(path.read_text()) for path in sorted((ROOT / folder).rglob("*.py"))}
+    assert found and not {path: names for path, names in found.items() if names}
+
+
+LONG = "def f():\n" + "    pass\n" * 60
+HEAD = "# Longer than other functions: a test.\n"
+
+
+@pytest.mark.parametrize("source, found", [
+    (LONG, ["f"]),
+    (LONG.replace("    pass\n", "", 1), []),
+    ("import a\n" + HEAD + LONG, []),
+    (HEAD + "@a\n" + LONG, []),
+    ("@a\n" + LONG.replace("    pass\n", "", 1), []),
+    (HEAD + "\n" + LONG, ["f"]),
+    ("class A:\n    async def f(self):\n" + "        pass\n" * 60, ["f"]),
+    ("x = 1\n" * 451, ["the file"]),
+    ("x = 1\n" * 450, []),
+    ('"""Longer than other\nfiles: a test."""\n' + "x = 1\n" * 451, []),
+])  # fmt: skip
+def test_what_is_too_long_is_found(source, found):
+    assert too_long(source) == found
