@@ -4,10 +4,13 @@ Letters, here and everywhere in this package: B batch, H query heads, G key/valu
 D head dimension, w segment length, r dilation rate, s offset of a head, i pattern index.
 """
 
+import json
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
+
+import torch
 
 from .memory_spec import MemorySpec
 from .transformers_compat import text_config_of
@@ -191,6 +194,8 @@ class DilationSchedule:
     def from_config(cls, config) -> "DilationSchedule":
         """The schedule in the configuration of a LongNet or of a patched model; what it does not tell is as above.
 
+        It is built when a configuration first says so, and not by each layer that asks.
+
         Raises:
             ValueError: a configuration without a schedule.
         """
@@ -204,7 +209,18 @@ class DilationSchedule:
                 "`config` must be that of a LongNet or of a patched model, got "
                 f"{type(config).__name__} without a schedule."
             )
-        return cls(**{name: settings[name] for name in _FIELDS if name in settings})
+        settings = {name: settings[name] for name in _FIELDS if name in settings}
+        if torch.compiler.is_compiling():  # a traced program looks behind what keeps results
+            return cls(**settings)
+        try:
+            return cls._from_json(json.dumps(settings))
+        except TypeError:  # no plain numbers, NumPy's for instance
+            return cls(**settings)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def _from_json(settings: str) -> "DilationSchedule":
+        return DilationSchedule(**json.loads(settings))
 
     def to_text(self) -> str:
         """The schedule without its memory, as registered operators take it, which take no Python objects."""

@@ -1,4 +1,4 @@
-"""Padding masks and restarting positions, read as document ids: which tokens belong together. These are LongNet's laws;
+"""Padding masks and restarting positions, read as `Documents`: which tokens belong together. These are LongNet's laws;
 what a patched model does otherwise is told in patched_mask.py.
 
 Letters: B batch, Q tokens of the queries, N tokens of the keys (cached ones first).
@@ -25,20 +25,25 @@ def document_positions(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 class Documents(NamedTuple):
-    """What the attention has to know about a batch.
+    """What the attention of a LongNet or of a patched model has to know about a batch.
 
     ids: [B, N], the document of each key, negative for padding; None where each row is one document without padding.
     order: [B, N], the keys' indices with the padding moved to the front, for rows that have padding between their
-        tokens; then `ids` are in this order. None where tokens lie side by side.
-    positions: [B, Q] or [1, Q], the place of each query in its document; 0 for padding.
+        tokens: segments count the tokens alone. Then `ids` are in this order. None where tokens lie side by side.
+    query_offset: index of the first query among the keys, a 0-dim tensor for static caches; None for the end.
+    positions: [B, Q] or [1, Q], the place of each query in its document; 0 for padding. None for a patched model, whose
+        host counts positions itself.
     is_split: [B, 1] or [1, 1], rows whose earlier text has padding between its tokens. `generate` counts their
         `position_ids` on from the padding's, so the place in the document has to stand in. None: there are none.
+    is_packed: of a patched model, whether a row may hold several documents; then it has no padding.
     """
 
     ids: torch.Tensor | None
     order: torch.Tensor | None
-    positions: torch.Tensor
+    query_offset: int | torch.Tensor | None
+    positions: torch.Tensor | None = None
     is_split: torch.Tensor | None = None
+    is_packed: bool = False
 
 
 def holds_pairs(attention_mask: torch.Tensor | None) -> bool:
@@ -136,7 +141,7 @@ def find_pairs(
         visible = ~hidden
     if position_ids is None:
         position_ids = torch.arange(query_length, device=device)[None]
-    return Documents(visible.expand(batch_size, -1, -1, -1), None, position_ids)
+    return Documents(visible.expand(batch_size, -1, -1, -1), None, 0, position_ids)
 
 
 def document_begins(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -201,7 +206,7 @@ def encode_documents(documents: Documents) -> torch.Tensor | None:
     return code[:, None, None]
 
 
-def _read_ids(attention_mask: torch.Tensor, slots: torch.Tensor) -> Documents:
+def _read_ids(attention_mask: torch.Tensor, query_offset: int | torch.Tensor, slots: torch.Tensor) -> Documents:
     """The documents that `encode_documents` wrote down; slots [Q].
 
     Of several steps the last one counts: it knows all tokens, and no earlier query sees those behind it.
@@ -209,10 +214,10 @@ def _read_ids(attention_mask: torch.Tensor, slots: torch.Tensor) -> Documents:
     code = attention_mask[:, 0, -1].long()
     if attention_mask.dtype == torch.int32:
         ids = code - (1 + _NO_DOCUMENT)
-        return Documents(ids, None, _positions(ids)[:, slots])
+        return Documents(ids, None, query_offset, _positions(ids)[:, slots])
     ids, order = code >> 32, (code & (2 * _FIRST - 1)) - _FIRST
     is_split = (order != torch.arange(order.shape[1], device=order.device)).any(1, keepdim=True)
-    return Documents(ids, order, _positions(ids)[:, slots], is_split)
+    return Documents(ids, order, query_offset, _positions(ids)[:, slots], is_split)
 
 
 def first_key(position_ids: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -266,9 +271,9 @@ def find_documents(
     if attention_mask is not None:
         _check_attention_mask(attention_mask, batch_size, query_length, query_offset, key_length)
         if attention_mask.dim() == 4:
-            return _read_ids(attention_mask, slots)
+            return _read_ids(attention_mask, query_offset, slots)
     elif position_ids is None:
-        return Documents(None, None, slots[None])
+        return Documents(None, None, query_offset, slots[None])
 
     real = _real_keys(attention_mask, batch_size, key_length, device)
     begins = torch.zeros_like(real)
@@ -279,7 +284,7 @@ def find_documents(
         if not isinstance(query_offset, int) or query_offset > 0:
             first = first_key(position_ids, real_queries, slots)
         if attention_mask is None and not is_tracing(first) and not (begins_of_queries.any() or first.any()):
-            return Documents(None, None, slots[None])  # a decoding step, as a rule: spare it what follows
+            return Documents(None, None, query_offset, slots[None])  # a decoding step, as a rule: spare it what follows
         begins = begins.index_copy(1, slots, begins_of_queries)
     ids = torch.where(real, begins.cumsum(1), -1)
     order, is_split = side_by_side_order(ids, query_length, query_offset)
@@ -288,10 +293,10 @@ def find_documents(
     first = first if is_split is None else first.masked_fill(is_split, 0)  # their positions tell no beginning
     ids = torch.where(torch.arange(key_length, device=device) >= first, ids, -1)
     if not is_tracing(ids) and not ids.any():
-        return Documents(None, None, slots[None])
+        return Documents(None, None, query_offset, slots[None])
     is_moved = order is not None and query_length == key_length
     positions = restore_order(_positions(ids), order, dim=1) if is_moved else _positions(ids)
-    return Documents(ids, order, positions[:, slots], is_split)
+    return Documents(ids, order, query_offset, positions[:, slots], is_split)
 
 
 def read_documents(
@@ -302,16 +307,15 @@ def read_documents(
     query_length: int,
     device: torch.device,
     is_causal: bool = True,
-) -> tuple[int | torch.Tensor, Documents]:
-    """Index of the first query among the keys that the attention will be given (a 0-dim tensor for a static cache in
-    use), and the documents of those keys.
+) -> Documents:
+    """The documents of the keys that the attention will be given.
 
     Raises:
         ValueError: for a bidirectional model with a cache that holds room for later tokens, which it would see.
     """
     # CODEPATH: a bounded cache has forgotten the earlier keys, and knows where each row's text goes on.
     if hasattr(cache, "read_documents"):
-        return 0, cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
+        return cache.read_documents(attention_mask, position_ids, batch_size, query_length, device)
     offset, key_length = 0, query_length
     if cache is not None:
         offset, (key_length, _) = cache.get_seq_length(), cache.get_mask_sizes(query_length, 0)
@@ -324,8 +328,8 @@ def read_documents(
             )
     extent = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length, "device": device}
     if holds_pairs(attention_mask):
-        return offset, find_pairs(attention_mask, position_ids, **extent)
-    return offset, find_documents(attention_mask, position_ids, query_offset=offset, **extent)
+        return find_pairs(attention_mask, position_ids, **extent)
+    return find_documents(attention_mask, position_ids, query_offset=offset, **extent)
 
 
 def _positions(document_ids: torch.Tensor) -> torch.Tensor:

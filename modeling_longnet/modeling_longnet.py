@@ -208,7 +208,7 @@ class LongNetModel(LongNetPreTrainedModel):
             cache = DynamicCache(config=self.config)
 
         (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
-        query_offset, documents = read_documents(
+        documents = read_documents(
             attention_mask, position_ids, cache, batch_size, query_length, device, self.config.is_causal
         )
         if position_ids is None:
@@ -225,7 +225,7 @@ class LongNetModel(LongNetPreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                query_offset=query_offset,
+                query_offset=documents.query_offset,
                 **named_cache(cache),  # checkpointed layers set it aside by its name
                 **kwargs,
             )
@@ -279,9 +279,7 @@ class LongNetForCausalLM(LanguageModelHead, LongNetPreTrainedModel, CheckedGener
         """An `attention_mask` for `forward`: the documents of the keys as integers [B, 1, 1, N]."""
         refuse_unread("LongNet's masks", kwargs)
         (batch_size, query_length), device = inputs_embeds.shape[:2], inputs_embeds.device
-        _, documents = read_documents(
-            attention_mask, position_ids, cache, batch_size, query_length, device
-        )
+        documents = read_documents(attention_mask, position_ids, cache, batch_size, query_length, device)
         if documents.order is not None and query_length == documents.ids.shape[1]:
             return attention_mask
         return encode_documents(documents)

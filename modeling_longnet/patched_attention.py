@@ -26,8 +26,8 @@ from .patched_mask import (
     angle_offset,
     chunk_order,
     dilated_mask,
+    documents_of,
     is_compact_mask,
-    layout_of,
 )
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -92,20 +92,22 @@ def run_original(original: str, module, query, key, value, mask, **kwargs) -> tu
     """A layer that is left alone: the attention it had, with the very mask that it would have been given."""
     if is_compact_mask(mask):
         q_length, kv_length = query.shape[2], key.shape[2]
-        layout = layout_of(mask, kwargs.get("position_ids"), q_length)
-        ids, function = layout.document_ids, causal_mask_function
-        if layout.is_packed:
+        documents = documents_of(mask, kwargs.get("position_ids"), q_length)
+        ids, function = documents.ids, causal_mask_function
+        if documents.order is not None:
+            ids = restore_order(ids, documents.order, dim=1)
+        if documents.is_packed:
             function = and_masks(function, lambda b, h, q, k: ids[b, q] == ids[b, k])
-        at_end = layout.query_offset is None
+        at_end = documents.query_offset is None
         mask = ALL_MASK_ATTENTION_FUNCTIONS[original](
             batch_size=len(query),
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=kv_length - q_length if at_end else layout.query_offset,
+            q_offset=kv_length - q_length if at_end else documents.query_offset,
             kv_offset=0,
             mask_function=function,
             attention_mask=None if ids is None else ids >= 0,
-            allow_is_causal_skip=not layout.is_packed and (at_end or q_length > 1),
+            allow_is_causal_skip=not documents.is_packed and (at_end or q_length > 1),
             dtype=query.dtype,
             config=module.config,
             use_vmap=False,
@@ -254,23 +256,22 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
             "schedule decides what each token sees, a mask of pairs would contradict it."
         )
     _warn_beyond_native_context(module.config, length, settings)
-    layout = layout_of(mask, kwargs.get("position_ids"), query_length)
-    _refuse_untold_packing(kwargs, layout.is_packed)
+    documents = documents_of(mask, kwargs.get("position_ids"), query_length)
+    _refuse_untold_packing(kwargs, documents.is_packed)
     heads = heads_of(module, query, key)
     schedule, memory = DilationSchedule.from_config(module.config).of_layer(module.layer_idx), {}
     if schedule.memory is not None:
-        known = _layer_memory(module, layout.order, heads)
+        known = _layer_memory(module, documents.order, heads)
         memory = {"inv_freq": known.inv_freq, "basis": known.basis}
-        offset = angle_offset(layout, kwargs.get("position_ids"), len(query), length)
+        offset = angle_offset(documents, kwargs.get("position_ids"), len(query), length)
         query, key = (query, key) if offset is None else anchor(query, key, offset, known.inv_freq)
-    ids, query_offset, order = layout.document_ids, layout.query_offset, layout.order
+    order = documents.order
     if order is not None:
         key, value = (reorder(x, order, dim=2) for x in (key, value))
         query = reorder(query, order, dim=2) if query_length == length else query
-        ids = ids.gather(1, order)
     out = scheduled_attention(
-        query, key, value, schedule, scale=scaling, dropout=dropout, heads=heads, document_ids=ids,
-        query_offset=query_offset, backend=settings["backend"],
+        query, key, value, schedule, scale=scaling, dropout=dropout, heads=heads, document_ids=documents.ids,
+        query_offset=documents.query_offset, backend=settings["backend"],
         elsewhere=getattr(kwargs.get(ELSEWHERE), "attend", None), **memory,
     )  # fmt: skip
     return out if order is None or query_length < length else restore_order(out, order, dim=2)

@@ -1,4 +1,4 @@
-"""The mask of patched models, for Transformers' own interface: made by `dilated_mask`, read by `layout_of`.
+"""The mask of patched models, for Transformers' own interface: made by `dilated_mask`, read by `documents_of`.
 
 A Q x N mask is never built. The mask function returns an int32 tensor [B, 1, 4, N], which Transformers, Accelerate's
 hooks and gradient checkpointing carry to every layer as they would carry a mask:
@@ -18,11 +18,11 @@ Letters: B batch, Q query tokens, N key tokens, D head dimension.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from .document_ids import (
+    Documents,
     check_position_ids,
     document_begins,
     document_positions,
@@ -159,20 +159,6 @@ def dilated_mask(
     return mask
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where documents and queries lie: ids [B, N] or None for one document a row, query index or None for the end.
-
-    order: [B, N], the keys with all padding moved to the front, where there is some between a row's tokens: segments
-    count the tokens alone. (How rotary positions count them is the model's own affair, as without a patch.)
-    """
-
-    document_ids: torch.Tensor | None
-    query_offset: int | torch.Tensor | None
-    is_packed: bool
-    order: torch.Tensor | None = None
-
-
 def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
     begins = torch.zeros_like(ids, dtype=torch.bool)
@@ -187,14 +173,14 @@ def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tenso
     return begins.scatter(1, first_key(position_ids, real, queries), True)
 
 
-def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
+def read_compact_mask(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Documents:
     """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
     ids, offset, given = mask[:, 0, IDS].long(), mask[0, 0, OFFSET, 0].long(), mask[0, 0, GIVEN, 0] > 0
     length = mask.shape[-1]
     check_position_ids(position_ids, len(mask), query_length)
     if torch.compiler.is_compiling():
         begins = _restarts(position_ids, offset, ids)
-        return Layout(torch.where(given, ids, begins.cumsum(1)), offset, True)
+        return Documents(torch.where(given, ids, begins.cumsum(1)), None, offset, is_packed=True)
     if bool(mask[:, 0, EARLIER].any()):
         raise ValueError(
             "`cache` holds earlier tokens, and this forward goes on without them: gradient checkpointing "
@@ -203,29 +189,30 @@ def read_layout(mask: torch.Tensor, position_ids: torch.Tensor | None, query_len
     at = None if int(offset) == length - query_length else int(offset)
     if bool(given):
         if bool((ids >= 0).all()):
-            return Layout(None, at, False)
-        return Layout(ids, at, False, side_by_side_order(ids, query_length, int(offset))[0])
+            return Documents(None, None, at)
+        order, _ = side_by_side_order(ids, query_length, int(offset))
+        return Documents(ids if order is None else ids.gather(1, order), order, at)
     begins = _restarts(position_ids, offset, ids)
     is_packed = bool(begins[:, 1:].any())
-    return Layout(begins.cumsum(1) if is_packed else None, at, is_packed)
+    return Documents(begins.cumsum(1) if is_packed else None, None, at, is_packed=is_packed)
 
 
-# An attribute of a compact mask, which lives as long as a forward: what `read_layout` found, and in what.
-LAYOUT_MARK = "_read_layout"
+# An attribute of a compact mask, which lives as long as a forward: what `read_compact_mask` found, and in what.
+DOCUMENTS_MARK = "_read_documents"
 # The same for `chunk_order`.
 ORDER_MARK = "_chunk_order"
 
 
-def layout_of(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Layout:
-    """`read_layout`, computed once per forward although every layer asks: it looks at values, which waits for a GPU."""
+def documents_of(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Documents:
+    """`read_compact_mask`, once per forward although every layer asks: it looks at values, which waits for a GPU."""
     if torch.compiler.is_compiling() or any(x is not None and x.is_inference() for x in (mask, position_ids)):
-        return read_layout(mask, position_ids, query_length)
+        return read_compact_mask(mask, position_ids, query_length)
     stamp = (query_length, mask._version, None if position_ids is None else position_ids._version)
-    read_from, read_at, layout = getattr(mask, LAYOUT_MARK, (None, None, None))
-    if layout is None or read_from is not position_ids or read_at != stamp:
-        layout = read_layout(mask, position_ids, query_length)
-        setattr(mask, LAYOUT_MARK, (position_ids, stamp, layout))
-    return layout
+    read_from, read_at, documents = getattr(mask, DOCUMENTS_MARK, (None, None, None))
+    if documents is None or read_from is not position_ids or read_at != stamp:
+        documents = read_compact_mask(mask, position_ids, query_length)
+        setattr(mask, DOCUMENTS_MARK, (position_ids, stamp, documents))
+    return documents
 
 
 def chunk_order(mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
@@ -238,15 +225,17 @@ def chunk_order(mask: torch.Tensor | None, query_length: int) -> torch.Tensor | 
     return getattr(mask, ORDER_MARK)
 
 
-def angle_offset(layout: Layout, position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+def angle_offset(
+    documents: Documents, position_ids: torch.Tensor | None, batch: int, length: int
+) -> torch.Tensor | None:
     """What each row's `position_ids` count more than its document's tokens, [B]: the padding before them, if any."""
     if position_ids is None:
         return None
     position_ids, queries = position_ids.expand(batch, -1), position_ids.shape[-1]
-    ids = layout.document_ids
+    ids = documents.ids
     if ids is None:
         ids = position_ids.new_zeros(batch, length)
-    begin = length - queries if layout.query_offset is None else int(layout.query_offset)
+    begin = length - queries if documents.query_offset is None else int(documents.query_offset)
     position = document_positions(ids)[0][:, begin : begin + queries]
     real = (ids[:, begin : begin + queries] >= 0).long()
     last = (real * torch.arange(1, queries + 1, device=real.device)).argmax(-1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 
 from .dilated_attention import ELSEWHERE, find_runs
 from .document_ids import find_documents
-from .patched_mask import dilated_mask, read_layout
+from .patched_mask import dilated_mask, read_compact_mask
 from .sequence_exchange import SequenceLayout
 
 
@@ -62,7 +62,7 @@ class Place:
 def locate_longnet(shard: Shard) -> Place:
     """As `LongNetModel` reads masks and positions of whole texts."""
     batch, length = shard.batch, shard.length
-    ids, order, positions, _ = find_documents(
+    documents = find_documents(
         shard.attention_mask,
         shard.position_ids,
         batch_size=batch,
@@ -71,13 +71,13 @@ def locate_longnet(shard: Shard) -> Place:
         key_length=length,
         device=torch.device("cpu"),
     )
-    if order is not None:
+    if documents.order is not None:
         raise ValueError(
             "`attention_mask` must not have padding between the tokens of a text with sequence parallelism: the tokens "
             "would have to move to other ranks. Pad on the left or on the right."
         )
-    positions = positions.expand(batch, -1)
-    return _place(shard, ids, positions if shard.position_ids is None else shard.position_ids, positions)
+    positions = documents.positions.expand(batch, -1)
+    return _place(shard, documents.ids, positions if shard.position_ids is None else shard.position_ids, positions)
 
 
 def locate_patched(shard: Shard, is_rotary: bool) -> Place:
@@ -92,10 +92,10 @@ def locate_patched(shard: Shard, is_rotary: bool) -> Place:
             )
         position_ids = torch.arange(length).expand(batch, -1)
     compact = dilated_mask(batch, length, length, attention_mask=mask)
-    layout = read_layout(compact, position_ids, length)
-    if layout.order is not None:
+    documents = read_compact_mask(compact, position_ids, length)
+    if documents.order is not None:
         raise ValueError("`attention_mask` has padding between the tokens of a row, which ranks cannot put aside.")
-    return _place(shard, layout.document_ids, position_ids, position_ids)
+    return _place(shard, documents.ids, position_ids, position_ids)
 
 
 def _place(shard, ids, position_ids, document_positions) -> Place:

@@ -21,6 +21,7 @@ ALLOWED = {
     "plan_token keeps results": "a pure function of numbers and a schedule",
     "read_layout_name keeps results": "a pure function of a text",
     "_tables keeps results": "a pure function of numbers, a schedule and a device",
+    "_from_json keeps results": "a pure function of a text",
     "from_text keeps results": "a pure function of a text",
     "eager_attention_of keeps results": "a module that is loaded stays what it is",
     "plan_launches keeps results": "a pure function of numbers and a schedule",
