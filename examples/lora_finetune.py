@@ -41,7 +41,7 @@ from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import load_patched_model, make_model_card, patch_model, unpatch_model
 from modeling_longnet.patching import report as patch_report
-from modeling_longnet.rope_scaling import learned_tables
+from modeling_longnet.rope_scaling import learned_positions
 
 
 DENSE, ZERO_SHOT, TUNED, DENSE_TUNED = "dense", "patched", "patched + LoRA", "dense + LoRA"
@@ -182,7 +182,7 @@ def load_base(options: Options, training: TrainingArguments) -> torch.nn.Module:
 def check_early(model: torch.nn.Module, settings: dict, options: Options) -> None:
     """Refuses what the model cannot do, before hours of other work: the patch, its backend, the lengths."""
     longest = max(options.block_size, *options.eval_lengths, options.prompt_tokens + options.new_tokens)
-    for _, rows in learned_tables(model):
+    for _, rows in learned_positions(model):
         if longest > rows:
             raise ValueError(
                 "--block-size, --eval-lengths and --prompt-tokens + --new-tokens must not exceed the "

@@ -42,14 +42,14 @@ def attention_counts(
         selects = (position % w % r)[:, None, None] == offset  # [B, H, 1, N]
         selected_query = selects[:, :, 0, rows, None]  # [B, H, Q, 1]
         same_segment = (q_pos // w == k_pos // w)[:, None]
-        pattern = visible[:, None] & same_segment & selects & selected_query
+        offered = visible[:, None] & same_segment & selects & selected_query
         if i == 0 and schedule.window:
             near = (k_pos > q_pos - schedule.window) | (q_pos < schedule.dense_start)
-            pattern = (visible & near)[:, None].expand_as(pattern)
-        counts += pattern
+            offered = (visible & near)[:, None].expand_as(offered)
+        counts += offered
         if schedule.padding == "zeros":
             rows_of_segment = -(-length.clamp(max=w) // r)[:, None]
-            zeros += (rows_of_segment - pattern.sum(-1)) * selected_query[..., 0]
+            zeros += (rows_of_segment - offered.sum(-1)) * selected_query[..., 0]
     if schedule.overlap == "once":
         counts = counts.clamp(max=1)
     sinks = visible & (k_pos < schedule.num_sink_tokens)

@@ -96,8 +96,8 @@ class DilatedCache(DynamicCache):
         self.waiting, self.had_padding_behind = 0, False
         self.folder = open_store(store, path, self.schedule.memory is not None)
         kept = {"kind": store, "folder": self.folder}
-        heads = config.num_attention_heads
-        heads_per_key = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        num_heads = config.num_attention_heads
+        heads_per_key = num_heads // (getattr(config, "num_key_value_heads", None) or num_heads)
         layers += [None] * (depth - len(layers))
         for index in dilated:
             schedule = self.schedule.of_layer(index)

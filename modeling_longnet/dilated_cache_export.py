@@ -44,10 +44,10 @@ def _flatten_with_keys(cache):
 def _maker(kind: type):
     def unflatten(tensors, context: dict):
         tensors, groups = list(tensors), max(context["schedule"]["dilation_rates"])
-        heads = groups * context["heads_per_key"]
+        num_heads = groups * context["heads_per_key"]
         config = LongNetConfig(
-            num_hidden_layers=context["layers"], num_attention_heads=heads, num_key_value_heads=groups,
-            hidden_size=2 * heads, **context["schedule"],
+            num_hidden_layers=context["layers"], num_attention_heads=num_heads, num_key_value_heads=groups,
+            hidden_size=2 * num_heads, **context["schedule"],
         )  # fmt: skip
         cache = kind(config, max_length=context["max_length"])
         cache.had_padding_behind = context["had_padding_behind"]

@@ -280,7 +280,7 @@ class DilatedLayer(CacheLayerMixin):
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
             return self._decode_live(step, query, key, value, scale)
 
-        def tables():
+        def plan():
             positions, targets = step.first.to(self.device), self._targets(step)
             live = self.layout.live(positions, self.tables)
             blind = None if self.schedule.selects_every_query else ~live.any(-1)
@@ -290,7 +290,7 @@ class DilatedLayer(CacheLayerMixin):
             bias = torch.zeros((), dtype=query.dtype, device=self.device).where(live, -torch.inf)
             return bias, targets, blind
 
-        bias, targets, blind = step.once("decoding", self.place, tables)
+        bias, targets, blind = step.once("decoding", self.place, plan)
         batch = torch.arange(len(query), device=self.device)[:, None, None]
         head = torch.arange(key.shape[1], device=self.device)[:, None]
         # Detached: without a gradient to keep, the slots are only state.

@@ -98,7 +98,7 @@ class SlotLayout:
         for i in range(bool(self.schedule.window), len(self.schedule.patterns)):
             w, r = self.schedule.patterns[i]
             groups = [range(g * per_group, (g + 1) * per_group) for g in range(self.heads.num_kv_heads)]
-            classes = max(len({self._offset(i, j) for j in heads}) for heads in groups)
+            classes = max(len({self._offset(i, j) for j in group}) for group in groups)
             slots.append(PatternSlots(i, w, r, base, classes, -(-self._bounded(w) // r)))
             base += classes * slots[-1].rows
         return tuple(slots)
@@ -241,12 +241,12 @@ class SlotLayout:
 
 @lru_cache(maxsize=64)
 def _tables(layout: SlotLayout, device: torch.device) -> tuple[PatternTables, ...]:
-    tables, heads = [], torch.arange(layout.heads.num_heads)
+    tables, number = [], torch.arange(layout.heads.num_heads)
     for slots in layout.patterns:
-        offsets = torch.tensor([layout._offset(slots.index, j) for j in heads.tolist()])
-        classes = torch.tensor([layout._class(slots.index, j, slots.classes) for j in heads.tolist()])
+        offsets = torch.tensor([layout._offset(slots.index, j) for j in number.tolist()])
+        classes = torch.tensor([layout._class(slots.index, j, slots.classes) for j in number.tolist()])
         class_offsets = torch.full((layout.heads.num_kv_heads, slots.classes), -1)
-        class_offsets[heads // layout.heads.per_group, classes] = offsets
+        class_offsets[number // layout.heads.per_group, classes] = offsets
         row = slots.r * torch.arange(slots.rows)
         rows, class_rows = offsets[:, None] + row, class_offsets[..., None] + row
         class_rows = class_rows.masked_fill((class_offsets < 0)[..., None] | (class_rows >= slots.w), NOWHERE)

@@ -133,10 +133,10 @@ class _Planner:
         self.length = min(length, queries[1]) if schedule.is_causal else length
         self.first_key = schedule.num_sink_tokens
 
-    def runs(self, pattern: int, offsets: tuple[int, ...]) -> Iterator[tuple[Region, int, int, bool]]:
+    def regions(self, pattern: int, offsets: tuple[int, ...]) -> Iterator[tuple[Region, int, int, bool]]:
         """(region, repeats, stride, fresh) of one pattern; `offsets` are those of the head in patterns 0..pattern."""
         if pattern == 0 and self.schedule.window:
-            yield from self._window_runs()
+            yield from self._repeated_windows()
             return
         w = self.schedule.segment_lengths[pattern]
         q0, q1 = self.queries
@@ -153,7 +153,7 @@ class _Planner:
                 yield region, repeats, w, pattern == 0 and index == 0
             segment += repeats
 
-    def _window_runs(self) -> Iterator[tuple[Region, int, int, bool]]:
+    def _repeated_windows(self) -> Iterator[tuple[Region, int, int, bool]]:
         """The dense start of the text, then window by window."""
         window, dense, (q0, q1) = self.schedule.window, self.schedule.dense_start, self.queries
         start = _causal_regions((q0, min(q1, dense)), (self.first_key, min(q1, dense)), 0, 0, 1)
@@ -285,11 +285,11 @@ def plan_blocks(
     blocks = []
     for i in range(len(schedule.patterns)):
         relevant = range(i + 1) if schedule.overlap == "once" else range(i, i + 1)
-        runs = {}
+        regions = {}
         for offsets, own, kv_heads in _head_groups(schedule, relevant, heads):
-            if offsets not in runs:
-                runs[offsets] = list(planner.runs(i, offsets))
-            for region, repeats, stride, fresh in runs[offsets]:
+            if offsets not in regions:
+                regions[offsets] = list(planner.regions(i, offsets))
+            for region, repeats, stride, fresh in regions[offsets]:
                 blocks.append(Block(i, offsets[-1], own, kv_heads, region, repeats, stride, fresh))
     if schedule.num_sink_tokens:
         for _, own, kv_heads in _head_groups(schedule, range(0), heads):

@@ -276,10 +276,8 @@ class DilationSchedule:
 
     def unread_offsets(self, num_heads: int) -> dict[int, range]:
         """Per rate, the offsets that no head has: the positions that pattern never reads. They are its last ones."""
-        heads = dict.fromkeys(self.dilation_rates, num_heads)
-        if self.head_offsets == "modulo":
-            heads = {rate: min(num_heads, rate) for rate in heads}
-        first = {rate: self.offset(rate, count - 1, num_heads) + 1 for rate, count in heads.items()}
+        distinct = {r: min(num_heads, r) if self.head_offsets == "modulo" else num_heads for r in self.dilation_rates}
+        first = {rate: self.offset(rate, count - 1, num_heads) + 1 for rate, count in distinct.items()}
         return {rate: range(start, rate) for rate, start in first.items() if start < rate}
 
     @property

@@ -46,7 +46,7 @@ class Probe:
     """Records the attention calls of a forward pass instead of computing them, and which embeddings it reads."""
 
     calls: list[AttentionCall] = field(default_factory=list)
-    tables: set[nn.Module] = field(default_factory=set)
+    embeddings: set[nn.Module] = field(default_factory=set)
 
     def __call__(self, original: str, module, query, key, value, mask, **arguments) -> tuple[torch.Tensor, None]:
         """Stands in for the attention function: zeros [B, Q, H, D]."""
@@ -130,8 +130,8 @@ def probe_attention(model: PreTrainedModel, **kwargs) -> Probe:
     token = int(getattr(text_config_of(model.config), "pad_token_id", None) == 0)  # a padding row may be 0
     input_ids = torch.full((1, 2), token, device="cpu" if offloaded else embedding.device)
     probe = Probe()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    hooks = [module.register_forward_hook(lambda module, *_: probe.tables.add(module)) for module in tables]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [module.register_forward_hook(lambda module, *_: probe.embeddings.add(module)) for module in embeddings]
     try:
         with _tapped(model, probe):
             model(input_ids=input_ids, **{"use_cache": False, **kwargs})

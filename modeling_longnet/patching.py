@@ -188,7 +188,7 @@ def patch_model(
         probe = probe_attention(base)
         reasons = find_layers(base, part, probe.calls)
         chosen = choose_layers(base, reasons, layers)
-        undo += guard_learned_positions(part, schedule, probe.tables)
+        undo += guard_learned_positions(part, schedule, probe.embeddings)
         undo += scale_rotary_embeddings(part, schedule, rope_scaling)
         undo += _mark_scaled([call.module for call in probe.calls] if rope_scaling else [])
         found = {} if memory is None else find_layer_memories(part, probe.calls, chosen)

@@ -16,7 +16,7 @@ from .transformers_compat import ROPE_INIT_FUNCTIONS
 
 logger = logging.get_logger(__name__)
 
-LEARNED_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
 def _refuse_beyond_table(module: nn.Embedding, args: tuple) -> None:
@@ -29,13 +29,13 @@ def _refuse_beyond_table(module: nn.Embedding, args: tuple) -> None:
             )
 
 
-def learned_tables(model: PreTrainedModel) -> list[tuple[nn.Embedding, int]]:
+def learned_positions(model: PreTrainedModel) -> list[tuple[nn.Embedding, int]]:
     """The learned position tables of a model, and how many positions each has."""
     return [
         # OPT's table has two more rows than it has positions.
         (module, min(module.num_embeddings, getattr(model.config, "max_position_embeddings", module.num_embeddings)))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED_TABLES
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED_POSITIONS
     ]
 
 
@@ -50,14 +50,14 @@ def guard_learned_positions(
     Raises:
         ValueError: for a schedule with segments that such a table can never fill.
     """
-    tables = [(module, rows) for module, rows in learned_tables(model) if module in read]
-    for _, rows in tables:
+    learned = [(module, rows) for module, rows in learned_positions(model) if module in read]
+    for _, rows in learned:
         if schedule.segment_lengths[-1] > rows:
             raise ValueError(
                 f"`segment_lengths` must not exceed the {rows} learned positions of {type(model).__name__}, got "
                 f"{schedule.segment_lengths[-1]}: the model cannot read further."
             )
-    plain = [module for module, _ in tables if type(module) is nn.Embedding]
+    plain = [module for module, _ in learned if type(module) is nn.Embedding]
     return [module.register_forward_pre_hook(_refuse_beyond_table).remove for module in plain]
 
 

@@ -29,8 +29,8 @@ from .dilation_schedule import DilationSchedule, Heads
 
 
 @dataclass(frozen=True)
-class SequenceLayout:
-    """A batch of rows, each cut into `size` slices of `slice_length` tokens.
+class Slices:
+    """How texts are cut: a batch of rows, each into `size` slices of `slice_length` tokens.
 
     `documents` are (first row, row after the last, start, stop): what lies in none of them is padding.
     """
@@ -105,11 +105,11 @@ def split_block(block: Block, first: int, last: int) -> Iterator[tuple[Block, bo
 
 
 def _parts(
-    layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads
+    slices: Slices, rank: int, schedule: DilationSchedule, heads: Heads
 ) -> Iterator[tuple[slice, int, int, int, list[tuple[Block, bool]]]]:
     """Per document in the slice: batch rows, its start, first and last global position in the slice, its blocks."""
-    low, high = layout.own(rank)
-    for first_row, last_row, start, stop in layout.documents:
+    low, high = slices.own(rank)
+    for first_row, last_row, start, stop in slices.documents:
         first, last = max(start, low), min(stop, high)
         if first >= last:
             continue
@@ -119,41 +119,41 @@ def _parts(
         yield slice(first_row, last_row), start, first, last, pieces
 
 
-def _row_codes(layout: SequenceLayout, heads: Heads, rows: slice, kv_heads: slice, positions: Rows) -> torch.Tensor:
+def _row_codes(slices: Slices, heads: Heads, rows: slice, kv_heads: slice, positions: Rows) -> torch.Tensor:
     """(row of the batch * G + head) * tokens + global position of keys, [rows, heads, keys]."""
     batch = torch.arange(rows.start, rows.stop)[:, None, None] * heads.num_kv_heads
     head = torch.tensor(range(heads.num_kv_heads)[kv_heads])[None, :, None]
     position = positions.start + positions.step * torch.arange(positions.count)
-    return (batch + head) * (layout.size * layout.slice_length) + position
+    return (batch + head) * (slices.size * slices.slice_length) + position
 
 
-def _wanted(layout, rank, schedule, heads, low: int, high: int) -> torch.Tensor:
+def _wanted(slices, rank, schedule, heads, low: int, high: int) -> torch.Tensor:
     """Sorted codes of the rows that `rank` needs from positions [low, high), which it does not hold."""
     codes = [torch.empty(0, dtype=torch.long)]
-    for rows, start, _, _, pieces in _parts(layout, rank, schedule, heads):
+    for rows, start, _, _, pieces in _parts(slices, rank, schedule, heads):
         for block, is_local in pieces:
             keys = block.region.keys.shift(start)
             keys = _cut(keys, _rows_before(keys, low), _rows_before(keys, high))
             if not is_local and keys.count > 0:
-                codes.append(_row_codes(layout, heads, rows, block.kv_heads, keys).flatten())
+                codes.append(_row_codes(slices, heads, rows, block.kv_heads, keys).flatten())
     return torch.cat(codes).unique()
 
 
 class Exchange:
-    """What one rank sends, receives and computes, for one layout, schedule and number of heads; built without talking.
+    """What one rank sends, receives and computes, for one cut, schedule and number of heads; built without talking.
 
     Received and sent rows are ordered by rank, then by row of the batch, head and position. `send_index` are the
     indices of the rows to send along B, G and n; this and the other indices are on `device`.
     """
 
-    def __init__(self, layout: SequenceLayout, rank: int, schedule: DilationSchedule, heads: Heads, device):
-        self._plan, ranks = (layout, schedule, heads), range(layout.size)
-        received = [_wanted(layout, rank, schedule, heads, *layout.own(owner)) for owner in ranks]
-        sent = [_wanted(layout, other, schedule, heads, *layout.own(rank)) for other in ranks]
+    def __init__(self, slices: Slices, rank: int, schedule: DilationSchedule, heads: Heads, device):
+        self._plan, ranks = (slices, schedule, heads), range(slices.size)
+        received = [_wanted(slices, rank, schedule, heads, *slices.own(owner)) for owner in ranks]
+        sent = [_wanted(slices, other, schedule, heads, *slices.own(rank)) for other in ranks]
         self.receive_counts, self.send_counts = [len(c) for c in received], [len(c) for c in sent]
         self.rows_received, self.rows_sent = sum(self.receive_counts), sum(self.send_counts)
-        codes, total = torch.cat(sent), layout.size * layout.slice_length
-        head, token = codes // total, codes % total - layout.own(rank)[0]
+        codes, total = torch.cat(sent), slices.size * slices.slice_length
+        head, token = codes // total, codes % total - slices.own(rank)[0]
         send_index = head // heads.num_kv_heads, head % heads.num_kv_heads, token
         self.send_index = tuple(index.to(device) for index in send_index)
         codes = torch.cat(received)
@@ -162,18 +162,18 @@ class Exchange:
         def find(wanted: torch.Tensor) -> torch.Tensor:
             return order[torch.searchsorted(codes, wanted, sorter=order)].to(device)
 
-        parts = _parts(layout, rank, schedule, heads)
-        self.parts = tuple(self._document_part(layout, rank, heads, part, find) for part in parts)
+        parts = _parts(slices, rank, schedule, heads)
+        self.parts = tuple(self._document_part(slices, rank, heads, part, find) for part in parts)
 
     @cached_property
     def is_needed(self) -> bool:
         """Whether any rank needs a row of another one: the collective is called by all of them, or by none."""
-        layout, *rest = self._plan
-        parts = (part for rank in range(layout.size) for part in _parts(layout, rank, *rest))
+        slices, *rest = self._plan
+        parts = (part for rank in range(slices.size) for part in _parts(slices, rank, *rest))
         return any(not is_local for *_, pieces in parts for _, is_local in pieces)
 
     @staticmethod
-    def _document_part(layout, rank, heads, part, find: Callable[[torch.Tensor], torch.Tensor]) -> DocumentPart:
+    def _document_part(slices, rank, heads, part, find: Callable[[torch.Tensor], torch.Tensor]) -> DocumentPart:
         rows, start, first, last, pieces = part
         own = first - start
         local, remote = [], []
@@ -183,21 +183,21 @@ class Exchange:
                 local.append(replace(block, region=region))
             else:
                 keys = block.region.keys.shift(start)
-                remote.append((block, find(_row_codes(layout, heads, rows, block.kv_heads, keys))))
-        low = layout.own(rank)[0]
+                remote.append((block, find(_row_codes(slices, heads, rows, block.kv_heads, keys))))
+        low = slices.own(rank)[0]
         return DocumentPart(rows, slice(first - low, last - low), own, tuple(local), tuple(remote))
 
 
 @lru_cache(maxsize=64)
 def plan_exchange(
-    layout: SequenceLayout,
+    slices: Slices,
     rank: int,
     schedule: DilationSchedule,
     heads: Heads,
     device: torch.device | str = "cpu",
 ) -> Exchange:
     """The exchange of `rank`; texts of one length share it, layer after layer and step after step."""
-    return Exchange(layout, rank, schedule, heads, device)
+    return Exchange(slices, rank, schedule, heads, device)
 
 
 def send_rows(

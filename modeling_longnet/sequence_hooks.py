@@ -54,18 +54,18 @@ class ShardedForward:
         return_lse: bool,
     ) -> torch.Tensor:
         """What `dilated_attention` returns, for this rank's queries [B, H, n, D] over the keys of all ranks."""
-        layout = self.place.layout
+        slices = self.place.slices
         if dropout > 0 or backend == "eager" or return_lse:
             raise ValueError(
                 "sequence parallelism runs the fused kernels, without attention dropout and log-sum-exp, got "
                 f"dropout={dropout}, backend={backend!r}, return_lse={return_lse}."
             )
-        if not query.shape[2] == key.shape[2] == layout.slice_length:
+        if not query.shape[2] == key.shape[2] == slices.slice_length:
             raise ValueError(
-                f"a rank's slice has {layout.slice_length} tokens, got {query.shape[2]} queries and {key.shape[2]} "
+                f"a rank's slice has {slices.slice_length} tokens, got {query.shape[2]} queries and {key.shape[2]} "
                 "keys: caches do not work in a sharded forward, generate under `disabled()`."
             )
-        exchange = plan_exchange(layout, self.shard.rank, schedule, heads, query.device)
+        exchange = plan_exchange(slices, self.shard.rank, schedule, heads, query.device)
         self.exchanges.append((exchange, 2 * key.shape[-1] * key.itemsize))
         return sharded_attention(query, key, value, exchange, self.group, scale, get_kernel(backend, query))
 
@@ -166,7 +166,7 @@ class SequenceHooks:
         return args, kwargs | {
             SHARD: self.sp.forward,
             "position_ids": position_ids,
-            "attention_mask": torch.ones_like(position_ids),  # what is padding is told by the layout
+            "attention_mask": torch.ones_like(position_ids),  # what is padding is told by the place
             "use_cache": False,
         }
 
@@ -187,7 +187,7 @@ class SequenceHooks:
         if self.sp.is_disabled:
             return None
         place, config = self.sp.forward.place, xpos.config
-        longest = max((stop - start for *_, start, stop in place.layout.documents), default=0)
+        longest = max((stop - start for *_, start, stop in place.slices.documents), default=0)
         if longest > config.max_position_embeddings and not config.xpos_is_centred_per_segment:
             raise ValueError(
                 f"Positions must be below `max_position_embeddings={config.max_position_embeddings}` with this xPos, "

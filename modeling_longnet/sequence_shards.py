@@ -13,7 +13,7 @@ import torch
 from .dilated_attention import ELSEWHERE, find_runs
 from .document_ids import find_documents
 from .patched_mask import dilated_mask, read_compact_mask
-from .sequence_exchange import SequenceLayout
+from .sequence_exchange import Slices
 
 
 SHARD = ELSEWHERE  # the entry of a batch, and the argument of the model, that holds its `Shard`
@@ -52,9 +52,9 @@ class Shard:
 
 @dataclass(eq=False)
 class Place:
-    """Where a slice lies: the layout of its batch, its `position_ids` [B, n], and its places in the documents."""
+    """Where a slice lies: among the slices of its batch, its `position_ids` [B, n], and its places in the documents."""
 
-    layout: SequenceLayout
+    slices: Slices
     position_ids: torch.Tensor
     document_positions: torch.Tensor
 
@@ -100,8 +100,8 @@ def locate_patched(shard: Shard, is_rotary: bool) -> Place:
 
 def _place(shard, ids, position_ids, document_positions) -> Place:
     runs = tuple((rows.start, rows.stop, *run) for rows, *run in find_runs(ids, shard.batch, shard.length))
-    layout = SequenceLayout(shard.batch, shard.slice_length, shard.size, runs)
-    return Place(layout, shard.cut(position_ids), shard.cut(document_positions))
+    slices = Slices(shard.batch, shard.slice_length, shard.size, runs)
+    return Place(slices, shard.cut(position_ids), shard.cut(document_positions))
 
 
 def _check_batch(batch: Mapping[str, Any]) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     count: int
 
 
-def _runs(items: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+def _progressions(items: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
     """Tuples in order, cut into (first, difference, how many) of equal differences that are not negative."""
     while items:
         steps = [tuple(b - a for a, b in zip(*pair)) for pair in zip(items, items[1:])]
@@ -79,13 +79,13 @@ def join_blocks(blocks: Iterable[Block], locate: Callable[[Block], Iterable[Rows
         for nth, (step, start, count) in enumerate(_joined(stretches)):  # a piece has no head twice
             members[nth, kv, start, step, count].append((head,))
     units = defaultdict(list)
-    for (nth, kv, start, step, count), heads in members.items():
-        for (head,), (member_step,), number in _runs(heads):
+    for (nth, kv, start, step, count), alike in members.items():
+        for (head,), (member_step,), number in _progressions(alike):
             units[nth, number, member_step, step, count].append((head, kv, start))
     pieces = [
         Piece(*first, *steps, number, *alike)
         for (_, *alike), items in units.items()
-        for first, steps, number in _runs(items)
+        for first, steps, number in _progressions(items)
     ]
     return tuple(sorted(pieces, key=lambda piece: -piece.units * piece.members))
 

@@ -29,7 +29,7 @@ from modeling_longnet.attention_kernels import get_kernel
 from modeling_longnet.dilated_attention import find_runs
 from modeling_longnet.dilation_schedule import DilationSchedule
 from modeling_longnet.patching import patch_model
-from modeling_longnet.sequence_exchange import Heads, SequenceLayout, plan_exchange, sharded_attention
+from modeling_longnet.sequence_exchange import Heads, Slices, plan_exchange, sharded_attention
 from modeling_longnet.sequence_parallel import SequenceParallel
 from modeling_longnet.transformers_compat import named_cache
 
@@ -85,8 +85,8 @@ def operator_error(chance: random.Random, dtype: torch.dtype) -> float:
         return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # strides as in a model
 
     runs = tuple((rows.start, rows.stop, *run) for rows, *run in find_runs(ids, batch, length))
-    layout = SequenceLayout(batch, n, size, runs)
-    exchange = plan_exchange(layout, rank, schedule, Heads(heads, kv_heads))
+    slices = Slices(batch, n, size, runs)
+    exchange = plan_exchange(slices, rank, schedule, Heads(heads, kv_heads))
     slices = [own(x).requires_grad_() for x in inputs]
     kernel = get_kernel("sdpa", slices[0])
     got = sharded_attention(*slices, exchange, dist.group.WORLD, width**-0.5, kernel)
@@ -274,9 +274,9 @@ def _local_document_positions(place):
 
 
 def _padding_is_seen(place):
-    layout = place.layout
-    whole = (0, layout.batch, 0, layout.size * layout.slice_length)
-    place.layout = dataclasses.replace(layout, documents=(whole,))
+    slices = place.slices
+    whole = (0, slices.batch, 0, slices.size * slices.slice_length)
+    place.slices = dataclasses.replace(slices, documents=(whole,))
 
 
 def _cut_before_shift(original, self, batch):
@@ -385,7 +385,7 @@ def _raises(run, message: str) -> bool:
 
 
 def check_guards() -> dict:
-    """What must not run on: batches of different texts, forwards without the collator, copies, another layout."""
+    """What must not run on: batches of different texts, forwards without the collator, copies, another slices."""
     rank, size = dist.get_rank(), dist.get_world_size()
     sp = SequenceParallel(None, size)
     model = longnet(dtype=torch.float32)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.runs import geometric_patterns
 from modeling_longnet.dilation_schedule import DilationSchedule
-from modeling_longnet.sequence_exchange import Heads, SequenceLayout, plan_exchange
+from modeling_longnet.sequence_exchange import Heads, Slices, plan_exchange
 
 
 MIB = 2**20
@@ -25,9 +25,9 @@ def measure(length: int, ranks: int, first: int, heads: Heads, width: int, items
     """Bytes that each rank receives in a layer's forward, and what an all-gather of all keys would send it."""
     schedule = DilationSchedule(*zip(*geometric_patterns(length, first, 4, clip=True)))
     slice_length = -(-length // ranks)
-    layout = SequenceLayout(1, slice_length, ranks, ((0, 1, 0, length),))
+    slices = Slices(1, slice_length, ranks, ((0, 1, 0, length),))
     row = 2 * width * itemsize
-    received = [plan_exchange(layout, rank, schedule, heads).rows_received * row for rank in range(ranks)]
+    received = [plan_exchange(slices, rank, schedule, heads).rows_received * row for rank in range(ranks)]
     spanning = sum(w > slice_length for w in schedule.segment_lengths)
     return {
         "tokens": length,
