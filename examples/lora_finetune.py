@@ -40,8 +40,8 @@ from examples.runs import end_script, last_complete_checkpoint, option, trackers
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import load_patched_model, make_model_card, patch_model, unpatch_model
+from modeling_longnet.patch_rope_scaling import learned_positions
 from modeling_longnet.patching import report as patch_report
-from modeling_longnet.rope_scaling import learned_positions
 
 
 DENSE, ZERO_SHOT, TUNED, DENSE_TUNED = "dense", "patched", "patched + LoRA", "dense + LoRA"

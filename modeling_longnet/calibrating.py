@@ -8,8 +8,8 @@ from torch import nn
 from .dilation_schedule import DilationSchedule
 from .memory_calibration import make_basis
 from .memory_files import layer_memories, set_bases
+from .patch_attention import LAYER_MEMORY
 from .patch_probe import reading
-from .patched_attention import LAYER_MEMORY
 from .patching import _unwrap, is_patched
 from .transformers_compat import text_config_of
 

@@ -22,8 +22,8 @@ from transformers.utils import auto_docstring, logging
 
 from .dilated_config import DilatedConfigMixin
 from .dilation_schedule import DilationSchedule, as_plain
+from .longnet_xpos_range import XposRangeMixin
 from .transformers_compat import CACHE_NAMES, interval
-from .xpos_range import XposRangeMixin
 
 
 logger = logging.get_logger(__name__)

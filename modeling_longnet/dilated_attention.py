@@ -14,13 +14,13 @@ from torch import nn
 
 from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
 from .attention_kernels import as_autocast, check_backend, choose_backend, get_kernel, refuse_tangents
+from .attention_token import attend_token, plan_token
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, Heads, as_integer
 from .document_ids import document_positions
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
-from .token_attention import attend_token, plan_token
 from .triton_attention import TritonCall, triton_backward, triton_forward
 
 

@@ -17,11 +17,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention_blocks import empty_accumulator
 from .attention_kernels import as_autocast, get_kernel, refuse_tangents
+from .attention_token import attend_token
+from .attention_visible import attend_visible
 from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule, Heads
-from .token_attention import attend_token
-from .visible_attention import attend_visible
 
 
 def dilated_layer_indices(config) -> list[int]:

@@ -18,9 +18,9 @@ from functools import cached_property, lru_cache
 import torch
 
 from .attention_blocks import block_positions
+from .attention_token import Piece, join_blocks
 from .dilation_plan import SINKS, Block, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
-from .token_attention import Piece, join_blocks
 
 
 NOWHERE = 2**31 - 1  # an in-segment index that no query ever reaches, and a slot that raises an error

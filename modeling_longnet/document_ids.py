@@ -1,5 +1,5 @@
 """Padding masks and restarting positions, read as `Documents`: which tokens belong together. These are LongNet's laws;
-what a patched model does otherwise is told in patched_mask.py.
+what a patched model does otherwise is told in patch_mask.py.
 
 Letters: B batch, Q tokens of the queries, N tokens of the keys (cached ones first).
 """

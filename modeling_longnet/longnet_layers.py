@@ -23,7 +23,7 @@ from .dilated_attention import ELSEWHERE, scheduled_attention
 from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
 from .document_ids import holds_pairs, reorder, restore_order
-from .position_embeddings import apply_rotary_pos_emb, apply_xpos
+from .longnet_positions import apply_rotary_pos_emb, apply_xpos
 from .transformers_compat import accept_cache, attention_of, closed_interface
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .memory_patch import LayerMemory
 from .memory_search import MemoryBasis
-from .patched_attention import LAYER_MEMORY
+from .patch_attention import LAYER_MEMORY
 from .transformers_compat import text_config_of
 
 

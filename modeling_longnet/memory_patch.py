@@ -12,8 +12,8 @@ from .dilation_schedule import DilationSchedule
 from .memory_positions import rotate
 from .memory_search import MemoryBasis, Ranking
 from .memory_spec import MemorySpec
+from .patch_attention import LAYER_MEMORY
 from .patch_probe import AttentionCall
-from .patched_attention import LAYER_MEMORY
 
 
 # Rotary embeddings whose frequencies follow the text's length: no distance can be turned back.

@@ -37,7 +37,7 @@ from .configuration_longnet import AUTO_MAP, LongNetConfig
 from .dilated_cache_generation import prepare_dilated_cache
 from .document_ids import encode_documents, read_documents, without_gradient_of_padding
 from .longnet_layers import ALL_ATTENTION_FUNCTIONS, LongNetAttention, LongNetDecoderLayer
-from .position_embeddings import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding
+from .longnet_positions import LongNetRotaryEmbedding, LongNetXposRotaryEmbedding
 from .transformers_compat import (
     CACHE,
     CACHE_NAMES,

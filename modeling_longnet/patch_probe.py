@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from .dilated_cache import DilatedCache
 from .dilation_schedule import as_integer
-from .patched_attention import TAP, heads_of, run_original, unsupported_reason
-from .patched_mask import is_compact_mask
+from .patch_attention import TAP, heads_of, run_original, unsupported_reason
+from .patch_mask import is_compact_mask
 from .transformers_compat import named_cache, text_config_of
 
 

@@ -7,7 +7,7 @@
 The attention is exchanged through Transformers' own `AttentionInterface` and `AttentionMaskInterface`: no class of a
 model is changed, and no mask of pairs is built. What a patch is stands as plain JSON in
 `model.config.dilated_attention`. Where PEFT is installed its class of models is changed, and no other one, as long as a
-model lives that was patched: it then saves these settings beside an adapter (see adapter_files.py).
+model lives that was patched: it then saves these settings beside an adapter (see patch_adapter_files.py).
 
 Letters: B batch, H query heads, G key/value heads, N tokens, D head dimension, w segment length, r dilation rate.
 """
@@ -23,18 +23,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .adapter_files import SETTINGS_NAME, AdapterRecord, resize_for_adapter, write_settings
 from .attention_kernels import check_backend
 from .dilated_cache_generation import prepare_dilated_cache
 from .dilation_schedule import DilationSchedule, as_plain
 from .memory_files import BASIS_NAME, read_bases, set_bases, write_bases
 from .memory_patch import attach_memories, find_layer_memories, resolve_memory
 from .model_card import TAGS, upload_with_card
+from .patch_adapter_files import SETTINGS_NAME, AdapterRecord, resize_for_adapter, write_settings
+from .patch_attention import SCALED_MARK
+from .patch_mask import IMPLEMENTATIONS, ORIGINALS
 from .patch_probe import choose_layers, find_layers, probe_attention, text_part, why_unbounded
 from .patch_report import PatchReport, make_report
-from .patched_attention import SCALED_MARK
-from .patched_mask import IMPLEMENTATIONS, ORIGINALS
-from .rope_scaling import guard_learned_positions, scale_rotary_embeddings
+from .patch_rope_scaling import guard_learned_positions, scale_rotary_embeddings
 from .transformers_compat import (
     GENERATION_ATTRIBUTES,
     SUPPORTS_FLASH_ATTENTION,

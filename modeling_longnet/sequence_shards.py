@@ -12,7 +12,7 @@ import torch
 
 from .dilated_attention import ELSEWHERE, find_runs
 from .document_ids import find_documents
-from .patched_mask import dilated_mask, read_compact_mask
+from .patch_mask import dilated_mask, read_compact_mask
 from .sequence_exchange import Slices
 
 

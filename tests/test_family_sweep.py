@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_families import make_tiny
 
-from modeling_longnet import dilated_cache_generation, patched_attention
+from modeling_longnet import dilated_cache_generation, patch_attention
 from modeling_longnet.patching import is_patched, patch_model, report
 from modeling_longnet.transformers_compat import release
 
@@ -82,12 +82,12 @@ def test_a_family_without_a_bounded_cache_says_so_and_generates(family, why, mon
 def test_a_fault_would_be_found(monkeypatch):
     """The judge itself, on a family whose patched attention forgets the sinks, and on one that dies unrefused."""
     assert family_sweep.judge("llama")[0] == "right"
-    real = patched_attention.scheduled_attention
+    real = patch_attention.scheduled_attention
 
     def without_sinks(query, key, value, schedule, **kwargs):
         return real(query, key, value, replace(schedule, num_sink_tokens=0), **kwargs)
 
-    monkeypatch.setattr(patched_attention, "scheduled_attention", without_sinks)
+    monkeypatch.setattr(patch_attention, "scheduled_attention", without_sinks)
     verdict, text = family_sweep.judge("llama")
     assert verdict == "fault" and text.startswith("long_input_as_defined")
     monkeypatch.setattr(family_sweep, "patch_model", lambda *args: 1 / 0)

@@ -154,7 +154,7 @@ def xpos_tables(config, positions):
 
 
 def test_xpos_logits_depend_on_distance_only():
-    from modeling_longnet.position_embeddings import apply_xpos
+    from modeling_longnet.longnet_positions import apply_xpos
 
     config = tiny_config(segment_lengths=[64, 1024], dilation_rates=[1, 4])
     query, key = torch.randn(2, 8, dtype=torch.double)
@@ -176,7 +176,7 @@ def test_xpos_and_rope_scale_their_frequencies_alike(rope):
 
 def test_xpos_decays_as_the_paper_says():
     """The logit of equal unit vectors in one pair of dims is zeta ** (distance / base) * cos(angle * distance)."""
-    from modeling_longnet.position_embeddings import apply_xpos
+    from modeling_longnet.longnet_positions import apply_xpos
 
     config = tiny_config(xpos_scale_base=16)
     distance = torch.arange(32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from modeling_longnet import patched_attention
+from modeling_longnet import patch_attention
 from modeling_longnet.dilated_attention_reference import attention_counts
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilation_schedule import DilationSchedule
@@ -61,13 +61,13 @@ def logits(model, input_ids, **kwargs):
 
 def record_calls(monkeypatch) -> list[tuple[int, torch.Tensor]]:
     """Layer and mask of each dilated attention that runs from now on."""
-    calls, original = [], patched_attention.run_dilated
+    calls, original = [], patch_attention.run_dilated
 
     def recording(module, query, key, value, mask, *args, **kwargs):
         calls.append((module.layer_idx, mask))
         return original(module, query, key, value, mask, *args, **kwargs)
 
-    monkeypatch.setattr(patched_attention, "run_dilated", recording)
+    monkeypatch.setattr(patch_attention, "run_dilated", recording)
     return calls
 
 

@@ -1,4 +1,4 @@
-"""The attention function of patched models, for Transformers' own interface; their mask is made in patched_mask.py.
+"""The attention function of patched models, for Transformers' own interface; their mask is made in patch_mask.py.
 
 Letters: B batch, H query heads, G key/value heads, Q query tokens, N key tokens, D head dimension.
 
@@ -18,7 +18,7 @@ from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule, Heads
 from .document_ids import check_position_ids, reorder, restore_order
 from .memory_positions import anchor
-from .patched_mask import (
+from .patch_mask import (
     EARLIER,
     GIVEN,
     IDS,
