@@ -10,8 +10,8 @@ from .memory_calibration import make_basis
 from .memory_files import layer_memories, set_bases
 from .patch_attention import LAYER_MEMORY
 from .patch_probe import reading
-from .patching import _unwrap, is_patched
-from .transformers_compat import text_config_of
+from .patching import is_patched
+from .transformers_compat import text_config_of, unwrap
 
 
 def calibrate_memory(model: nn.Module, tokens: Sequence[int] | torch.Tensor) -> nn.Module:
@@ -31,7 +31,7 @@ def calibrate_memory(model: nn.Module, tokens: Sequence[int] | torch.Tensor) -> 
     Raises:
         ValueError: a model without such a memory; a text of fewer tokens than `dimensions`, or of several rows.
     """
-    base = _unwrap(model)
+    base = unwrap(model)
     schedule = DilationSchedule.from_config(text_config_of(base.config)) if is_patched(base) else None
     if schedule is None or schedule.memory is None or schedule.memory.dimensions is None:
         raise ValueError(

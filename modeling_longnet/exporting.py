@@ -13,8 +13,8 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from .model_card import make_model_card
-from .patching import _unwrap, is_patched
-from .transformers_compat import auto_class_of, code_files, has_own_adapter, text_config_of
+from .patching import is_patched
+from .transformers_compat import auto_class_of, code_files, has_own_adapter, text_config_of, unwrap
 
 
 MODELING_FILE = "modeling_dilated"
@@ -94,7 +94,7 @@ def export_patched_model(
     Raises:
         ValueError: a model that is not patched, has an adapter, or is not of one of Transformers' own classes.
     """
-    base, folder = _unwrap(model), Path(folder)
+    base, folder = unwrap(model), Path(folder)
     _refuse_to_export(model, base)
     # What was loaded from an export carries its code along by itself.
     is_export = MODELING_FILE in type(base).__module__

@@ -47,6 +47,7 @@ from .transformers_compat import (
     passes_through_interface,
     set_instance_generation,
     text_config_of,
+    unwrap,
 )
 
 
@@ -69,21 +70,9 @@ DEQUANTIZE_ADVICE = (
 )
 
 
-def _unwrap(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside a compiled or PEFT model, or the model itself."""
-    model = getattr(model, "_orig_mod", model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(base, PreTrainedModel):
-        raise ValueError(
-            f"`model` must be a Transformers model or a PEFT model around one, got {type(base).__name__}; what "
-            "Accelerate or a launcher has wrapped is unwrapped first: `accelerator.unwrap_model(model)`."
-        )
-    return base
-
-
 def is_patched(model: nn.Module) -> bool:
     """Whether the model, or the text part of a composite one, runs dilated attention by a patch."""
-    return attention_of(text_config_of(_unwrap(model).config)).startswith("dilated")
+    return attention_of(text_config_of(unwrap(model).config)).startswith("dilated")
 
 
 def _refuse_model(model: PreTrainedModel, part: PreTrainedModel) -> None:
@@ -177,7 +166,7 @@ def patch_model(
     )
     check_backend(backend)
     rope_scaling = as_plain("rope_scaling", rope_scaling)
-    base = _unwrap(model)
+    base = unwrap(model)
     part = text_part(base)
     _refuse_model(base, part)
     original = attention_of(part.config)
@@ -237,7 +226,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: for a model that is not patched.
     """
-    base = _unwrap(model)
+    base = unwrap(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched.")
     whole = getattr(base, "_patched_within", None)
@@ -257,7 +246,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 def report(model: nn.Module) -> PatchReport:
     """What the patch of a model did."""
-    return text_part(_unwrap(model)).dilated_attention_report
+    return text_part(unwrap(model)).dilated_attention_report
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory, *args, **kwargs):

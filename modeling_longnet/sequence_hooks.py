@@ -70,18 +70,6 @@ class ShardedForward:
         return sharded_attention(query, key, value, exchange, self.group, scale, get_kernel(backend, query))
 
 
-def base_model_of(model: nn.Module) -> nn.Module:
-    """The Transformers model inside wrappers (DDP, torch.compile, PEFT)."""
-    while not hasattr(model, "config") or hasattr(model, "get_base_model") or hasattr(model, "_orig_mod"):
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
-        if inner is None:
-            raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}.")
-        model = inner
-    return model
-
-
 def _loss_type(model: nn.Module) -> str | None:
     """The library's name of a model's loss; classes whose name does not tell (GPT2LMHeadModel) fall back to causal."""
     loss_type = getattr(model, "loss_type", None)

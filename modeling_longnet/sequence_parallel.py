@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
-from .sequence_hooks import SequenceHooks, ShardedForward, base_model_of, model_problem
+from .sequence_hooks import SequenceHooks, ShardedForward, model_problem
 from .sequence_shards import Shard, ShardingCollator
+from .transformers_compat import unwrap
 
 
 logger = logging.get_logger(__name__)
@@ -145,7 +146,7 @@ class SequenceParallel:
         Raises:
             ValueError: for a model whose numbers would be wrong on slices of a text.
         """
-        base = base_model_of(model)
+        base = unwrap(model, parallel=True)
         problem = model_problem(base, model)
         if problem:
             raise ValueError(f"{type(base).__name__} cannot run sequence-parallel: {problem}.")

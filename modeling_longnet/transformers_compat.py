@@ -288,6 +288,25 @@ def attention_of(config) -> str:
     return config._attn_implementation
 
 
+def unwrap(model: nn.Module, parallel: bool = False) -> PreTrainedModel:
+    """The Transformers model inside a compiled or PEFT model, and with `parallel` inside what a launcher has wrapped.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    for name in ("_orig_mod", "module") if parallel else ("_orig_mod",):
+        if isinstance(getattr(model, name, None), nn.Module):
+            return unwrap(getattr(model, name), parallel)
+    if hasattr(model, "get_base_model"):
+        return unwrap(model.get_base_model(), parallel)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"`model` must be a Transformers model or a PEFT model around one, got {type(model).__name__}; what "
+            "Accelerate or a launcher has wrapped is unwrapped first: `accelerator.unwrap_model(model)`."
+        )
+    return model
+
+
 def exporter_is_loaded() -> bool:
     """Whether Transformers' exporters are in use, which register each class of caches for `torch.export`."""
     return "transformers.exporters.exporter_dynamo" in sys.modules
