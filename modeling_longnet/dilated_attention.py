@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
-from .attention_kernels import as_autocast, check_backend, choose_backend, get_kernel, refuse_tangents
+from .attention_kernels import HAS_TRITON, as_autocast, check_backend, choose_backend, get_kernel, refuse_tangents
 from .attention_token import attend_token, plan_token
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, Heads, as_integer
@@ -21,7 +21,7 @@ from .document_ids import document_positions
 from .memory_attention import attend_documents
 from .memory_search import MemoryBasis
 from .memory_spec import MemorySpec
-from .triton_attention import TritonCall, triton_backward, triton_forward
+from .triton_attention import TritonCall, is_faster, triton_backward, triton_forward
 
 
 # The argument of models by which attention functions get an object whose `attend` they hand on as `elsewhere`.
@@ -263,7 +263,10 @@ def scheduled_attention(
         query_offset = key.shape[-2] - query.shape[-2]  # of tensors that may turn out to have another rank
     _check_tensors(query, key, value, document_ids, query_offset, dropout)
     heads = Heads.of(query, key) if heads is None else heads
+    is_free = backend is None and schedule.memory is None and elsewhere is None and isinstance(query_offset, int)
     backend = choose_backend(backend, query, dropout)
+    if is_free and backend == "sdpa" and HAS_TRITON and is_faster(query, key, schedule, heads):
+        backend = "triton"
     if backend != "eager":
         refuse_tangents(backend, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

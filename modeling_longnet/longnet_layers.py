@@ -116,7 +116,7 @@ def fused_attention_forward(
 
 # Only these names: every function of the library's own table would compute dense attention.
 ALL_ATTENTION_FUNCTIONS = closed_interface(
-    {name: partial(fused_attention_forward, backend=name) for name in ("sdpa", "flash_attention_2")}
+    {name: partial(fused_attention_forward, backend=name) for name in ("sdpa", "flash_attention_2", "triton")}
 )
 
 

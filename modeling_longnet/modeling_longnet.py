@@ -78,8 +78,10 @@ class LongNetPreTrainedModel(PreTrainedModel):
         self.add_model_tags(["longnet", "dilated-attention"])
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
         names = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+        if requested_attention == "triton":  # a name of ours, which the library would not know
+            return requested_attention
+        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
         if implementation not in names:
             raise ValueError(
                 f'Specified `attn_implementation="{implementation}"` is not supported: it would compute dense '

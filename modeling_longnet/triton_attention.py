@@ -73,6 +73,21 @@ def why_not_triton(query: torch.Tensor) -> str | None:
     return None
 
 
+# Compute capability: dtypes in which these kernels were measured against PyTorch's, and were faster at every length from
+# 16,384 to 1,048,576 tokens, forward and with gradients (an H200, docs/results/gpu_suite_h200.json). What is not here
+# takes them by name only.
+FASTER_ON = {(9, 0): (torch.float16, torch.bfloat16)}
+
+
+def is_faster(query: torch.Tensor, key: torch.Tensor, schedule: DilationSchedule, heads: Heads) -> bool:
+    """Whether measurements would choose these kernels: for more than one pattern, and more than a few queries."""
+    if query.device.type != "cuda" or why_not_triton(query) or query.shape[2] < 128:
+        return False
+    if query.dtype not in FASTER_ON.get(torch.cuda.get_device_capability(query.device), ()):
+        return False
+    return len(plan_launches(schedule, heads, key.shape[2])) > 1
+
+
 def _covers(schedule: DilationSchedule, pattern: int, heads: Heads) -> bool:
     """Whether the pattern before `pattern` offers all keys of its own segment that any earlier one offers."""
     first = bool(schedule.window)

@@ -6,11 +6,12 @@ from test_memory import CASES, INV_FREQ, make_schedule, make_tensors
 from test_memory_patch import VARIANTS, logits, read, recall_cases, recall_model, tokens, with_memory
 from tiny_models import tiny_config
 
-from modeling_longnet import DilatedCache, LongNetForCausalLM, MemoryBank, patch_model
+from modeling_longnet import DilatedCache, LongNetForCausalLM, MemoryBank, dilated_attention, patch_model
 from modeling_longnet.dilation_schedule import Heads
 from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
 from modeling_longnet.memory_reference import memory_attention_reference
 from modeling_longnet.memory_search import Ranking
+from modeling_longnet.triton_attention import FASTER_ON
 
 
 pytestmark = pytest.mark.gpu
@@ -18,11 +19,11 @@ TOLERANCE = {"rtol": 0, "atol": 1e-4}
 STORES = ["device", "cpu", "disk"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_a_memory_is_its_definition_with_its_gradients(name, dtype):
     """At the choice of the fast path: in lower precisions ranks may tie where the definition's do not."""
-    floor = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    floor = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     tensors = [x.detach().to("cuda", dtype).requires_grad_() for x in make_tensors(67)]
     doubles = [x.detach().double().requires_grad_() for x in tensors]
     ranking, heads = Ranking(make_schedule(name), INV_FREQ.cuda()), Heads.of(*tensors[:2])
@@ -85,6 +86,14 @@ def test_a_model_finds_the_needle_in_half_precision():
     assert (found == answers).float().mean() >= 0.75
 
 
+def test_the_default_is_what_was_measured_to_be_faster():
+    pytest.importorskip("triton")
+    tensors = [torch.randn(1, 4, 2048, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    is_measured = torch.cuda.get_device_capability() in FASTER_ON
+    wanted = dilated_attention(*tensors, [256, 1024], [1, 4], backend="triton" if is_measured else "sdpa")
+    assert torch.equal(dilated_attention(*tensors, [256, 1024], [1, 4]), wanted)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_longnet_decodes_and_learns_as_on_the_cpu(backend):
     torch.manual_seed(0)
@@ -95,7 +104,7 @@ def test_a_longnet_decodes_and_learns_as_on_the_cpu(backend):
         model, text = model.to(device), text.to(device)
         model.zero_grad()
         model(text, labels=text).loss.backward()
-        grads.append([p.grad.cpu() for p in model.parameters()])
+        grads.append([p.grad.cpu().clone() for p in model.parameters()])  # a move takes gradients along
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
     outs, _ = read(model, text, [20, 1, 1, 38])
     torch.testing.assert_close(outs, logits(model, text), **TOLERANCE)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from operator_cases import Case
 from packaging.version import Version
+from tiny_models import tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,6 +25,7 @@ from examples.benchmarks.triton_compile_check import record_launches
 from modeling_longnet import (
     DilatedCache,
     DilationSchedule,
+    LongNetForCausalLM,
     attention_kernels,
     dilated_attention,
     patch_model,
@@ -362,6 +364,39 @@ def test_never_chosen_unless_named(device_type, monkeypatch):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             query = torch.empty(1, 2, 20, 16, dtype=dtype, device=device_type)
             assert attention_kernels.choose_backend(None, query, 0.0) in ("sdpa", "eager")
+
+
+def test_chosen_where_measurements_say_so_and_nowhere_else(monkeypatch):
+    """By default on a GPU that was measured, for several patterns and many queries in half precision."""
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    schedule, heads = DilationSchedule((256, 1024), (1, 4), overlap="once"), Heads(2, 2, 0, 2)
+
+    def chosen(queries=2048, dtype=torch.bfloat16, device="cuda", length=2048):
+        query, key = (torch.empty(1, 2, n, 64, dtype=dtype, device=device) for n in (queries, length))
+        return triton_attention.is_faster(query, key, schedule, heads)
+
+    with FakeTensorMode():
+        assert chosen() and chosen(dtype=torch.float16) and chosen(queries=128)
+        assert not chosen(dtype=torch.float32) and not chosen(queries=1) and not chosen(device="cpu")
+        assert not chosen(queries=256, length=256)  # one pattern sees all: dense, which PyTorch's kernels do faster
+        capability[0] = (8, 0)
+        assert not chosen()
+
+
+@needs_triton
+def test_a_longnet_takes_it_by_name(tiles_of, tmp_path):
+    tiles_of(16, 16)
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(tiny_config(hidden_size=64, initializer_range=0.2)).to(DEVICE)
+    ids, grads = torch.randint(61, (1, 40), device=DEVICE), []
+    model.save_pretrained(tmp_path)
+    for name in ("sdpa", "triton"):
+        model = LongNetForCausalLM.from_pretrained(tmp_path, attn_implementation=name).to(DEVICE)
+        assert model.config._attn_implementation == name
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 @needs_triton
