@@ -348,9 +348,8 @@ def dilated_attention(
         query_offset: index of the first query among the keys, an integer or an integer tensor of one element;
             N - Q by default.
         backend: "eager" (plain PyTorch: dropout, second derivatives), "sdpa" (PyTorch's fused kernels),
-            "flash_attention_2" (the flash-attn package), or None for the best of these that can run the inputs.
-            "triton" (one launch per pattern, CUDA) is taken when named only: it has been checked in Triton's
-            interpreter and by its compiler, but has not run on a GPU yet.
+            "flash_attention_2" (the flash-attn package), "triton" (one launch per pattern, CUDA), or None for the best
+            that can run the inputs: "triton" where a GPU of that kind was measured (docs/gpu.md).
         return_lse: also return the log-sum-exp of the logits.
         elsewhere: what computes the operator where only some of the keys are at hand (see sequence_parallel.py).
 

@@ -50,8 +50,8 @@ class Tiles:
 
 
 def choose_tiles(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
-    """In half precision up to heads of 128 as an H100 measured them (docs/results/gpu_suite_first_tiles.json: 64 x 64
-    with 4 warps, though spilling registers, beat 8 warps that do not); the others by the compile check."""
+    """In half precision up to heads of 128 as an H100 measured them (docs/results/gpu_suite_h100.json: 64 x 64 with
+    4 warps, though spilling registers, beat 8 warps that do not); the others by the compile check."""
     if kernel == "sink_grad":
         return Tiles(min(64, 4096 // width), 16, 4, 1 if dtype == torch.float32 else 2)
     if dtype == torch.float32:
@@ -73,9 +73,8 @@ def why_not_triton(query: torch.Tensor) -> str | None:
     return None
 
 
-# Compute capability: dtypes in which these kernels were measured against PyTorch's, and were faster at every length from
-# 16,384 to 1,048,576 tokens, forward and with gradients (an H200, docs/results/gpu_suite_h200.json). What is not here
-# takes them by name only.
+# Compute capability: dtypes in which these kernels were measured against PyTorch's, and faster at each length from 16,384
+# to 1,048,576 tokens, forward and with gradients (docs/gpu.md). Other GPUs and dtypes take them by name only.
 FASTER_ON = {(9, 0): (torch.float16, torch.bfloat16)}
 
 
