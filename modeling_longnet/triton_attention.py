@@ -73,8 +73,8 @@ def why_not_triton(query: torch.Tensor) -> str | None:
     return None
 
 
-# Compute capability: dtypes in which these kernels were measured against PyTorch's, and faster at each length from 16,384
-# to 1,048,576 tokens, forward and with gradients (docs/gpu.md). Other GPUs and dtypes take them by name only.
+# Compute capability: dtypes in which these kernels were measured, and faster than PyTorch's from 16,384 to 1,048,576
+# tokens, forward and with gradients (docs/gpu.md). Other GPUs and dtypes take them by name only.
 FASTER_ON = {(9, 0): (torch.float16, torch.bfloat16)}
 
 
