@@ -140,6 +140,8 @@ class _Planner:
             return
         w = self.schedule.segment_lengths[pattern]
         q0, q1 = self.queries
+        if q1 - q0 == 1 and q0 % w % self.schedule.dilation_rates[pattern] != offsets[-1]:
+            return  # a decoding step, which most offsets do not select
         step, earlier = self._earlier_patterns(pattern, offsets)
         after_window = pattern > 0 and self.schedule.overlap == "once"
         # Segments that lie inside everything, and behind all that makes the first ones special.
@@ -263,14 +265,19 @@ def _progression(values: list[int]) -> slice:
     return slice(values[0], values[-1] + 1, step)
 
 
-def _head_groups(schedule: DilationSchedule, patterns: range, heads: Heads):
+@lru_cache(maxsize=512)
+def _head_groups(
+    schedule: DilationSchedule, patterns: range, heads: Heads
+) -> tuple[tuple[tuple[int, ...], slice, slice], ...]:
     """Heads with the same offsets in `patterns` whose key/value heads are equally spaced: no copy is ever needed."""
     members = defaultdict(list)
     for j in range(heads.num_heads):
         offsets = tuple(heads.offset(schedule, schedule.dilation_rates[i], j) for i in patterns)
         members[offsets, j % heads.per_group].append(j)
-    for (offsets, _), alike in members.items():
-        yield offsets, _progression(alike), _progression([j // heads.per_group for j in alike])
+    return tuple(
+        (offsets, _progression(alike), _progression([j // heads.per_group for j in alike]))
+        for (offsets, _), alike in members.items()
+    )
 
 
 @lru_cache(maxsize=512)
