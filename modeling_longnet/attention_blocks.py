@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_kernels import Kernel
-from .dilation_plan import Block, Rows
+from .attention_kernels import Kernel, choose_backend, get_kernel, refuse_tangents
+from .dilation_plan import Block, Rows, plan_blocks
+from .dilation_schedule import DilationSchedule, Heads
 
 
 # Elements of the queries in one kernel call on a CPU: enough for all cores, little beside the inputs of a long text.
@@ -301,3 +302,42 @@ def attend_blocks_eager(
         mixed[:, block.heads].index_add_(2, q_index, (weights @ v).flatten(2, 3).to(dtype))
     out = mixed / total.masked_fill(total == 0, 1)[..., None]
     return out.to(query.dtype), total.log() + maximum
+
+
+def attend_visible(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    schedule: DilationSchedule,
+    locate: Locate,
+    *,
+    query_start: int,
+    length: int,
+    scale: float | None = None,
+    heads: Heads | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention of the queries at positions query_start, query_start + 1, ... of a document of `length` tokens, over a
+    buffer that holds just the keys they can see.
+
+    Args:
+        query: [B, H, Q, D]; all rows of the batch at the same positions.
+        key, value: [B, G, M, D], a buffer of rows in an order that only `locate` knows; G divides H.
+        locate: tells for a block of the plan where its keys lie in the buffer, see [`VisibleKeys`].
+
+    Returns:
+        [B, H, Q, D]. The gradient reaches query, key and value (through "eager" also the second one).
+
+    Raises:
+        ValueError: the backend that was asked for cannot run these inputs.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = choose_backend(backend, query, 0.0)
+    stop = query_start + query.shape[2]
+    length = stop if schedule.is_causal else length
+    blocks = plan_blocks(schedule, heads or Heads.of(query, key), query_start, stop, length)
+    if backend == "eager":
+        return attend_blocks_eager(PlannedAttention(None, blocks, query_start, scale, locate), query, key, value)[0]
+    refuse_tangents(backend, query, key, value)
+    way = PlannedAttention(get_kernel(backend, query), blocks, query_start, scale, locate)
+    return BlockAttention.apply(way, query, key, value)[0]

@@ -51,14 +51,10 @@ def _config_hash(config) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _schedule_text(config) -> str:
-    return json.dumps(DilationSchedule.from_config(config).as_arguments())
-
-
 def _told_of(model: PreTrainedModel) -> dict[str, str]:
     """What a state says of the model that it belongs to."""
     return {
-        "schedule": _schedule_text(model.config),
+        "schedule": json.dumps(DilationSchedule.from_config(model.config).as_arguments()),
         "model": model_fingerprint(model),
         "memory": bases_fingerprint(model),
         "config": _config_hash(model.config),

@@ -15,10 +15,9 @@ from itertools import groupby
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_blocks import empty_accumulator
+from .attention_blocks import attend_visible, empty_accumulator
 from .attention_kernels import as_autocast, get_kernel, refuse_tangents
 from .attention_token import attend_token
-from .attention_visible import attend_visible
 from .dilated_attention import scheduled_attention
 from .dilated_cache_layout import SlotLayout
 from .dilation_schedule import DilationSchedule, Heads

@@ -54,7 +54,6 @@ CODE = {
     "dilated_cache_generation.py",
     "dilated_cache_layer.py",
     "dilated_cache_layout.py",
-    "attention_visible.py",
     # the memory: what a schedule may hold, the definition, the search, the ways to read, the cache that keeps it all
     "memory_spec.py",
     "memory_reference.py",

@@ -141,7 +141,7 @@ def test_no_import_leads_back():
     for name in FILES:
         visit(name, ())
     upper = {n for n in FILES if n.startswith(("dilated_cache", "modeling_", "patch", "sequence_", "memory_patch"))}
-    for name in ("dilated_attention", "attention_visible", "sequence_exchange", "document_ids"):
+    for name in ("dilated_attention", "attention_blocks", "sequence_exchange", "document_ids"):
         assert not below[name] & upper, f"{name} imports from above it"
     # Parallelism and patching act from outside, and only tests know the definition.
     assert not {n for n in below["modeling_longnet"] if n.startswith(("patch", "sequence_"))}

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from modeling_longnet.attention_blocks import block_positions
-from modeling_longnet.attention_visible import attend_visible
+from modeling_longnet.attention_blocks import attend_visible, block_positions
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilation_schedule import DilationSchedule
 
