@@ -68,6 +68,20 @@ def test_a_schedule_is_what_its_text_says(options):
     assert DilationSchedule.from_text(schedule.to_text()) == schedule
 
 
+def test_a_schedule_is_built_once_and_follows_its_configuration(monkeypatch):
+    model, x = LongNetForCausalLM(tiny_config()).eval(), torch.randint(0, 61, (1, 40))
+    before, built, check = model(x, use_cache=False).logits, [], DilationSchedule.__post_init__
+    monkeypatch.setattr(DilationSchedule, "__post_init__", lambda self: (built.append(self), check(self))[1])
+    assert torch.equal(model(x, use_cache=False).logits, before)
+    assert built == []
+    model.config.num_sink_tokens = 39
+    assert not torch.allclose(model(x, use_cache=False).logits, before)
+    assert len(built) == 2  # by the first of its layers, and behind the registered operator, which takes a text
+    model.config.num_sink_tokens = -1
+    with pytest.raises(ValueError, match="num_sink_tokens"):
+        model(x)
+
+
 def make(options: dict, positions: dict, **more) -> LongNetForCausalLM:
     torch.manual_seed(0)
     config = tiny_config(**options, **positions, tie_word_embeddings=False, **more)
