@@ -17,10 +17,16 @@ from .memory_positions import rotate
 from .memory_spec import MemorySpec
 
 
+try:
+    import numpy as np
+except ImportError:  # slower
+    np = None
+
 # What ranks blocks, [B, G, n, 2 d], or [1, G, n, 2 d] for all rows, in parts of blocks that follow each other.
 Index = tuple[torch.Tensor, ...]
 TILE_SIZE = 2**22  # ranks that are held at once
 NO_BLOCK = -1
+FEW_THREADS = 3  # up to which one that is three times as fast is no slower
 
 
 def _rank_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -161,38 +167,57 @@ def _stable_best(ranks: torch.Tensor, count: int) -> torch.Tensor:
     return last - ranks.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def best_blocks(ranks: torch.Tensor, count: int) -> torch.Tensor:
-    """The blocks of the `count` highest ranks [..., n], NO_BLOCK where fewer are above -inf: [..., count].
+def _highest(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The indices of the `count` highest along the last dimension, in any order."""
+    if np is None or x.device.type != "cpu" or torch.get_num_threads() > FEW_THREADS:
+        return x.topk(count, sorted=False).indices
+    low = x.shape[-1] - count
+    # Several times as fast as `topk`, by one thread.
+    return torch.from_numpy(np.argpartition(x.detach().numpy(), low, axis=-1)[..., low:])
 
-    The set is exact and the newer of equal blocks wins; its order is not defined. Blocks in `count` groups at most can
-    be among the best, those of the highest maxima: most ranks are read once, by a maximum.
+
+def best_blocks(ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """The blocks of the `count` highest ranks [..., n], rising, NO_BLOCK behind them where fewer are above -inf:
+    [..., count].
+
+    The set is exact and the newer of equal blocks wins. One more than `count` is looked for, so that a tie shows: where
+    none does, the best lie in those groups of blocks that have the highest maxima, and most ranks are read once.
     """
     n = ranks.shape[-1]
     if n <= count:
         chosen = torch.arange(n, device=ranks.device).expand(ranks.shape)
-        chosen = chosen.masked_fill(ranks == -torch.inf, NO_BLOCK)
-        return torch.nn.functional.pad(chosen, (0, count - n), value=NO_BLOCK)
-    candidates, maxima, numbers = ranks, None, None
+        return torch.nn.functional.pad(_in_order(chosen, ranks), (0, count - n), value=NO_BLOCK)
     group = 1 << int(math.log2(n / count) / 2)  # as many maxima as candidates, nearly
-    if group >= 4:
+    if group >= 4 and n // group > count:
         # Blocks of a group lie far from each other, so that maxima are those of whole vectors.
-        padded = torch.nn.functional.pad(ranks, (0, -n % group), value=-torch.inf) if n % group else ranks
-        grouped = padded.unflatten(-1, (group, -1))
-        maxima = grouped.amax(-2)
-        groups = maxima.topk(count, sorted=False).indices
-        candidates = grouped.gather(-1, groups[..., None, :].expand(*grouped.shape[:-1], count)).flatten(-2)
-        numbers = groups, maxima.shape[-1]
-    values, chosen = candidates.topk(count, sorted=False)
-    threshold = values.amin(-1, keepdim=True)
-    tied = (candidates >= threshold).sum(-1) > count
-    if numbers is not None:
-        groups, width = numbers
-        chosen = (chosen // count) * width + groups.gather(-1, chosen % count)
-        tied |= (maxima >= threshold).sum(-1) > count
-    tied &= threshold[..., 0] > -torch.inf
+        width = n // group
+        grouped = ranks[..., : group * width].unflatten(-1, (group, -1))
+        groups = _highest(grouped.amax(-2), count + 1)
+        steps = torch.arange(group, device=ranks.device)[:, None] * width
+        candidates = (groups[..., None, :] + steps).flatten(-2)
+        rest = torch.arange(group * width, n, device=ranks.device)
+        candidates = torch.cat([candidates, rest.expand(*candidates.shape[:-1], -1)], dim=-1)
+        chosen = candidates.gather(-1, _highest(ranks.gather(-1, candidates), count + 1))
+    else:
+        chosen = _highest(ranks, count + 1)
+    values = ranks.gather(-1, chosen)
+    lowest, at = values.min(-1, keepdim=True)
+    tied = ((values == lowest).sum(-1) > 1) & (lowest[..., 0] > -torch.inf)
+    chosen = chosen.scatter(-1, at, chosen[..., -1:])[..., :-1]
     if bool(tied.any()):
         chosen[tied] = _stable_best(ranks[tied], count)
-    return chosen.masked_fill(values == -torch.inf, NO_BLOCK)
+    return _in_order(chosen, ranks)
+
+
+def _in_order(chosen: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Blocks, rising, NO_BLOCK behind them instead of those of rank -inf."""
+    behind = ranks.shape[-1]
+    chosen = chosen.masked_fill(ranks.gather(-1, chosen) == -torch.inf, behind)
+    if np is not None and chosen.device.type == "cpu" and torch.get_num_threads() <= FEW_THREADS:
+        chosen = torch.from_numpy(np.sort(chosen.numpy(), axis=-1))
+    else:
+        chosen = chosen.sort(-1).values
+    return chosen.masked_fill_(chosen == behind, NO_BLOCK)
 
 
 def choose_blocks(
@@ -202,7 +227,8 @@ def choose_blocks(
     far_index: Index | None,
     query_start: int,
 ) -> torch.Tensor:
-    """The blocks that queries at positions query_start, query_start + 1, ... read, int64 [B, H, Q, top_k], -1 for none.
+    """The blocks that queries at positions query_start, query_start + 1, ... read, rising, -1 behind them for none: int64
+    [B, H, Q, top_k].
 
     Args:
         query: [B, H, Q, D]. index: of all blocks that may be eligible. far_index: the same for those at a clamped
