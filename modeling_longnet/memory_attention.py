@@ -14,7 +14,7 @@ from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros,
 from .attention_kernels import get_kernel
 from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
-from .memory_pieces import PAIRS, PieceAttention, Stretch
+from .memory_pieces import PieceAttention, Stretch
 from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
@@ -66,24 +66,21 @@ class MemoryCall:
         """The queries turned to the clamped distance from wherever they stand."""
         return self.ranking.far_query(query, self.positions(query.shape[2], query.device))
 
-    def reads(self, chosen: torch.Tensor) -> torch.Tensor:
-        """The chosen blocks [B, H, Q, top_k] and the one that the window begins in, [B, H, Q, K]; NO_BLOCK for none,
-        n = `far_base` more for one at a clamped distance."""
-        size, window = self.schedule.memory.block_size, self.schedule.window
-        position = self.positions(chosen.shape[2], chosen.device)
+    def reads(self, chosen: torch.Tensor, begin: int, blocks: int) -> torch.Tensor:
+        """The chosen blocks [H, T, top_k] of queries begin, begin + 1, ... and the one that the window begins in,
+        [H, T, K]; NO_BLOCK for none, n = `blocks` more for one at a clamped distance."""
+        memory, window, (heads, length, _) = self.schedule.memory, self.schedule.window, chosen.shape
+        start = self.start + begin
+        position = torch.arange(start, start + length, device=chosen.device)
         first = self.schedule.local_start(position)
         cut = (first <= position - window) & (position >= self.schedule.dense_start)
-        seam = torch.where(cut, first // size, NO_BLOCK)
-        return torch.cat([chosen, seam[:, None].expand(*chosen.shape[:3], 1)], dim=-1)
-
-    def mark_far(self, reads: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Reads of which those at a clamped distance are numbered from `blocks` on."""
-        memory = self.schedule.memory
-        if not self.clamps(reads.shape[2]):
+        seam = torch.where(cut, first // memory.block_size, NO_BLOCK)
+        reads = torch.cat([chosen, seam[:, None].expand(heads, length, 1)], dim=-1)
+        if not self.clamps(begin + length):
             return reads
-        position = self.positions(reads.shape[2], reads.device)[:, None]
-        is_far = (reads >= 0) & (position - reads * memory.block_size > memory.max_distance)
-        return torch.where(is_far, reads + blocks, reads)
+        # A block is far if it begins more than max_distance before the query; so the first of those that are not is:
+        near = (position - memory.max_distance - 1).div(memory.block_size, rounding_mode="floor")[:, None] + 1
+        return reads + ((reads >= 0) & (reads < near)) * blocks
 
     def offsets(self, device: torch.device) -> torch.Tensor:
         """Of each head in the patterns behind the window, [patterns, H]."""
@@ -93,35 +90,39 @@ class MemoryCall:
 
 
 def _stretches(
-    call: MemoryCall, reads: torch.Tensor, query, keys: "StoredKeys | tuple[torch.Tensor, torch.Tensor]"
+    call: MemoryCall, chosen: torch.Tensor, query, keys: "StoredKeys | tuple[torch.Tensor, torch.Tensor]"
 ) -> Iterator[tuple]:
     """Per row, key/value head and stretch of queries that is read in one go: the row and head, where the queries lie in
     [B, H, Q], and their attention to what they read."""
-    _, heads, length, count = reads.shape
+    _, heads, length, count = chosen.shape
     size = call.schedule.memory.block_size
     per_group = heads // call.heads.num_kv_heads
-    offsets = call.offsets(reads.device)
+    offsets = call.offsets(chosen.device)
     inv_freq = call.inv_freq if call.clamps(length) else None
     is_stored, attention = isinstance(keys, StoredKeys), part_attention(query.device)
     blocks = (keys.end if is_stored else keys[0].shape[2]) // size
-    tile = max(1, (FETCHED // size if is_stored else PAIRS) // (per_group * count))
-    reads = call.mark_far(reads, blocks)
-    for row in range(len(reads)):
+    numbers = torch.arange(blocks, device=query.device)
+    pairs = FETCHED // size if is_stored else attention.PAIRS
+    tile = max(1, pairs // (per_group * (count + 1)))
+    for row in range(len(chosen)):
         for group in range(call.heads.num_kv_heads):
             own = slice(group * per_group, (group + 1) * per_group)
             if not is_stored:
-                pair = [whole_blocks(x, row, group, size).contiguous() for x in keys]
+                pair = (whole_blocks(x, row, group, size).contiguous() for x in keys)
+                pair = attention.prepare(*pair, numbers * size, inv_freq)
             for begin in range(0, length, tile):
                 at = row, own, slice(begin, min(begin + tile, length))
-                read, numbers = reads[at].flatten(0, 1), None
-                read = read[:, (read >= 0).any(0)]
+                read, slots = call.reads(chosen[at], begin, blocks).flatten(0, 1), None
+                is_read = (read >= 0).any(0)
+                if not bool(is_read.all()):
+                    read = read[:, is_read]
                 if not read.shape[1]:
                     continue
                 if is_stored:
-                    read, numbers = _slots(read, blocks)
-                    pair = keys.blocks(row, group, numbers)
+                    read, slots = _slots(read, blocks)
+                    pair = attention.prepare(*keys.blocks(row, group, slots), slots * size, inv_freq)
                 start, queries = call.start + begin, at[2].stop - begin
-                stretch = Stretch(call.schedule, start, queries, offsets[:, own], call.scale, inv_freq, numbers)
+                stretch = Stretch(call.schedule, start, queries, offsets[:, own], call.scale, inv_freq, slots)
                 yield row, group, at, attention(stretch, read, query[at].flatten(0, 1), *pair)
 
 
@@ -182,22 +183,22 @@ class _WithMemory:
 
     call: MemoryCall
 
-    def forward(self, query, key, value, out, lse, reads):
+    def forward(self, query, key, value, out, lse, chosen):
         call = self.call
         call.shown(query, key).forward(query, key, value, out, lse)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _attend_sinks(call, query, key, value, out, lse)
-        for _, _, at, part in _stretches(call, reads, query, (key, value)):
+        for _, _, at, part in _stretches(call, chosen, query, (key, value)):
             _merge_part(part, out[at], lse[at])
         return ()
 
-    def backward(self, grad, query, key, value, out, lse, grads, reads):
+    def backward(self, grad, query, key, value, out, lse, grads, chosen):
         call = self.call
         call.shown(query, key).backward(grad, query, key, value, out, lse, grads)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
-        for row, group, at, part in _stretches(call, reads, query, (key, value)):
+        for row, group, at, part in _stretches(call, chosen, query, (key, value)):
             block_grads = (whole_blocks(x, row, group, size) for x in grads[1:])
             rows = [x[at].flatten(0, 1) for x in (grad, out, lse)]
             grads[0][at] += part.gradients(*rows, *block_grads).view_as(grads[0][at])
@@ -229,7 +230,7 @@ def attend_stored(
     shown.forward(query, keys.key, keys.value, out, lse)
     if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
         _attend_sinks(call, query, *store.span(row, 0, min(call.schedule.num_sink_tokens, end)), out, lse)
-    for _, _, at, part in _stretches(call, call.reads(chosen), query, keys):
+    for _, _, at, part in _stretches(call, chosen, query, keys):
         _merge_part(part, out[at], lse[at])
     return out.to(query.dtype)
 
@@ -258,7 +259,7 @@ def attend_memory(
             query, key, value, call.schedule, call.start, scale=call.scale, inv_freq=call.inv_freq, chosen=chosen,
             heads=call.heads, dropout=dropout,
         )[:2]  # fmt: skip
-    return BlockAttention.apply(_WithMemory(call), query, key, value, call.reads(chosen))
+    return BlockAttention.apply(_WithMemory(call), query, key, value, chosen)
 
 
 def attend_documents(

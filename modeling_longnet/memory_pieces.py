@@ -21,9 +21,6 @@ from .dilation_schedule import DilationSchedule
 from .memory_positions import rotate
 
 
-PAIRS = 2**19  # read in one go: its queries and results are what takes memory
-
-
 @dataclass(frozen=True)
 class Pieces:
     """rows: of the queries [h T] that each piece's rows are, int64 [P, R], 0 where `real`, bool [P, R], is not. blocks:
@@ -104,6 +101,13 @@ class PieceAttention:
         reads: [h T, K] slots of blocks, negative for none, m more for one at a clamped distance. query: [h T, D].
         key, value: [m, b, D].
     """
+
+    PAIRS = 2**19  # read in one go: its queries and results are what takes memory
+
+    @staticmethod
+    def prepare(key, value, starts: torch.Tensor, inv_freq: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys are turned as they are read."""
+        return key, value
 
     def __init__(
         self, stretch: Stretch, reads: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

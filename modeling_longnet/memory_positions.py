@@ -10,7 +10,10 @@ import torch
 
 
 def rotate(x: torch.Tensor, distance: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """x [..., D] turned by `distance` [...] (tokens), where inv_freq [R / 2] tells the R <= D channels that turn."""
+    """x [..., D] turned by `distance` (tokens), which broadcasts to [...].
+
+    inv_freq: [R / 2], of the R <= D channels that turn.
+    """
     angle = distance[..., None].to(torch.float64) * inv_freq.to(x.device, torch.float64)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     half = inv_freq.shape[-1]

@@ -4,7 +4,14 @@
 their values; neither forms a tensor of gathered rows. What pieces do (memory_pieces.py) this does five times as fast.
 All of it is in float32 or float64, the only dtypes that the first of them takes.
 
-Letters: h query heads of one key/value head, T queries, K reads of a query, m blocks of b tokens, D head dimension.
+Where distances are clamped there are two queries in turn, turned and not, and turned keys stand behind the others. A
+query reads its far blocks first, so that the order of its reads is that of both:
+
+    rows      query 0 turned | query 0 | query 1 turned | query 1 ..
+    reads     far 0, far 1   | near 5  | far 1          | near 4, near 5 ..
+
+Letters: h query heads of one key/value head, T queries, R = h T, K reads of a query, m blocks of b tokens, D head
+dimension.
 """
 
 import warnings
@@ -19,126 +26,141 @@ def _bag(index: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, offsets
     return torch.nn.functional.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights)
 
 
-def _sampled(index: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """rows [R, D] times those of others [N, D] that index (int32, flat) names; row i has index[starts[i]:starts[i+1]].
-    As long as index."""
+def _sampled(index: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor, others: torch.Tensor, scale: float = 1.0):
+    """rows [R, D] times those of others [N, D] that index (int32, flat) names, and scale; row i has
+    index[starts[i]:starts[i+1]]. As long as index."""
     if index.numel() >= len(rows) * len(others):  # more than a matrix has room for, which takes rows twice
         row = torch.arange(len(rows)).repeat_interleave(starts.diff())
-        return (rows @ others.T)[row, index.long()]
+        return (rows @ others.T)[row, index.long()] * scale
     with warnings.catch_warnings():  # PyTorch says once that this layout is a beta
         warnings.simplefilter("ignore", UserWarning)
         pattern = torch.sparse_csr_tensor(
             starts, index, rows.new_zeros(index.numel()), (len(rows), len(others)), check_invariants=False
         )  # fmt: skip
         # Into the pattern itself, which would be copied otherwise.
-        torch.sparse.sampled_addmm(pattern, rows, others.T, beta=0.0, out=pattern)
+        torch.sparse.sampled_addmm(pattern, rows, others.T, beta=0.0, alpha=scale, out=pattern)
     return pattern.values()
 
 
 class RowAttention:
-    """The logits of what each query reads, [h T, K, b]; -inf where the schedule shows a key already.
+    """The logits of what each query reads, [R, K, b]; -inf where the schedule shows a key already.
 
     Args:
-        reads: [h T, K] slots of blocks, negative for none, m more for one at a clamped distance. query: [h T, D].
-        key, value: [m, b, D].
+        reads: [R, K] slots of blocks, negative for none, m more for one at a clamped distance; the last is the one that
+            the window begins in. query: [R, D]. key, value: what `prepare` made of [m, b, D].
     """
+
+    PAIRS = 2**17  # read in one go: logits and reads stay near the core
+
+    @staticmethod
+    def prepare(key, value, starts: torch.Tensor, inv_freq: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [m, b, D] of blocks that begin at `starts` [m] in float32 at least, and behind them, if there
+        is a clamped distance, the keys turned to it and the same values: [m or 2 m, b, D]."""
+        key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
+        if inv_freq is None:
+            return key, value
+        return torch.cat([key, rotate(key, -starts[:, None], inv_freq)]), value.repeat(2, 1, 1)
 
     def __init__(self, stretch: Stretch, reads: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-        self.stretch, self.scale, self.size, blocks = stretch, stretch.scale, key.shape[1], len(key)
-        self.slots = reads.clamp(min=0) % blocks
-        self.real = reads >= 0
-        self.query, self.key, self.value = query, key.flatten(0, 1), value.flatten(0, 1)
+        self.query, self.stretch, self.size = query.to(dtype), stretch, value.shape[1]
+        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
+        self.blocks, self.clamps = len(value), stretch.inv_freq is not None
+        if self.clamps:
+            self.blocks //= 2
+            far = reads >= self.blocks
+            if bool((far[:, 1:] > far[:, :-1]).any()):  # an order of somebody else's
+                reads = reads.gather(-1, far.int().argsort(-1, descending=True, stable=True))
+        self.reads, self.has_none = reads, bool((reads < 0).any())
         inner = torch.arange(self.size, dtype=torch.int32)
-        self.tokens = (self.slots.int()[..., None] * self.size + inner).flatten(1)
-        self.far = reads >= blocks if stretch.inv_freq is not None else None
-        if self.far is not None and not bool(self.far.any()):
-            self.far = None
-        if self.far is not None:
-            self._turn(reads, blocks, key)
-        logits = self._times_keys(query, self.query_far, self.key, self.key_far) if self.far is not None else None
-        if logits is None:
-            logits = _sampled(self.tokens.flatten(), self._starts(self.tokens), query, self.key)
-        self.logits = logits.mul_(self.scale).view(len(reads), -1, self.size)
+        first = (reads.clamp(min=0) if self.has_none else reads).int() * self.size
+        self.tokens = (first[..., None] + inner).flatten(1)
+        self.rows, self.starts = self.query, self._starts()
+        if self.clamps:
+            self._turn()
+        logits = _sampled(self.tokens.flatten(), self.starts, self.rows, self.key, stretch.scale)
+        self.logits = logits.view(*reads.shape, self.size)
         self._hide()
+        self.top = self.logits.flatten(1).amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+        self.powers = self.logits.flatten(1).sub_(self.top).exp_()
 
-    def _turn(self, reads: torch.Tensor, blocks: int, key: torch.Tensor) -> None:
-        """Queries, and keys of the blocks that are read so, at the clamped distance."""
-        stretch, last = self.stretch, int(reads.max()) - blocks + 1
-        self.block_start = stretch.block_starts(torch.arange(last))[:, None]
-        self.key_far = rotate(key[:last], -self.block_start, stretch.inv_freq).flatten(0, 1)
-        row = torch.arange(len(reads)) % stretch.length
-        self.distance = stretch.schedule.memory.max_distance - stretch.start - row
-        self.query_far = rotate(self.query, self.distance, stretch.inv_freq)
+    def _starts(self) -> torch.Tensor:
+        return torch.arange(0, self.tokens.numel() + 1, self.tokens.shape[1], dtype=torch.int32)
 
-    @staticmethod
-    def _starts(tokens: torch.Tensor) -> torch.Tensor:
-        return torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32)
+    @property
+    def far(self) -> torch.Tensor:
+        """Which reads are at a clamped distance, [R, K]."""
+        return self.reads >= self.blocks
 
-    def _times_keys(self, rows, rows_far, others, others_far) -> torch.Tensor:
-        """Per read the product of the near or the far pair, [h T * K * b]."""
-        tokens = self.tokens.view(*self.slots.shape, self.size)
-        out = rows.new_empty(tokens.shape)
-        for is_own, a, b in ((~self.far, rows, others), (self.far, rows_far, others_far)):
-            counts = is_own.sum(1).mul_(self.size)
-            starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-            out[is_own] = _sampled(tokens[is_own].flatten(), starts, a, b).view(-1, self.size)
-        return out
+    @property
+    def slots(self) -> torch.Tensor:
+        """Of the blocks that are read, [R, K]; 0 for none."""
+        return self.reads.clamp(min=0) % self.blocks
+
+    def _turn(self) -> None:
+        stretch, count = self.stretch, self.far.sum(-1, dtype=torch.int32) * self.size
+        self.distance = stretch.schedule.memory.max_distance - stretch.start - torch.arange(stretch.length)
+        turned = self._rotated(self.query, self.distance)
+        self.rows = torch.stack([turned, self.query], dim=1).flatten(0, 1)
+        self.starts = torch.stack([self.starts[:-1], self.starts[:-1] + count], dim=1).flatten()
+        self.starts = torch.nn.functional.pad(self.starts, (0, 1), value=self.tokens.numel())
+
+    def _rotated(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Rows [R, D], of h heads, by distance [T]."""
+        return rotate(x.unflatten(0, (-1, len(distance))), distance, self.stretch.inv_freq).flatten(0, 1)
 
     def _hide(self) -> None:
         schedule, size, stretch = self.stretch.schedule, self.size, self.stretch
-        starts = stretch.block_starts(self.slots)
-        row = torch.arange(len(starts))
+        row, inner = torch.arange(len(self.reads)), torch.arange(size)
         t = (stretch.start + row % stretch.length)[:, None, None]
-        self.logits.masked_fill_(~self.real[..., None], -torch.inf)
-        tokens = starts[:, -1:, None] + torch.arange(size)
-        self.logits[:, -1:].masked_fill_(tokens > t - schedule.window, -torch.inf)  # where the window begins
+        if self.has_none:
+            self.logits.masked_fill_((self.reads < 0)[..., None], -torch.inf)
+        seam = stretch.block_starts(self.reads[:, -1:].clamp(min=0) % self.blocks)[..., None] + inner
+        self.logits[:, -1:].masked_fill_(seam > t - schedule.window, -torch.inf)  # where the window begins
         whole, rest = divmod(schedule.num_sink_tokens, size)
+        if not rest and len(schedule.patterns) == 1:
+            return
+        starts = stretch.block_starts(self.slots)
         if rest:
             self.logits[..., :rest].masked_fill_((starts == whole * size)[..., None], -torch.inf)
-        if len(schedule.patterns) > 1:
-            tokens = starts[..., None] + torch.arange(size)
+        tokens = starts[..., None] + inner
         for offered in stretch.offered((row // stretch.length)[:, None, None], t, tokens):
             self.logits.masked_fill_(offered, -torch.inf)
 
     def lse(self) -> torch.Tensor:
-        """The log-sum-exp of all that each query reads, [h T]."""
-        return self.logits.flatten(1).logsumexp(-1)
-
-    def _weights(self, lse: torch.Tensor) -> torch.Tensor:
-        return (self.logits.flatten(1) - lse[:, None]).exp_()
+        """The log-sum-exp of all that each query reads, [R]."""
+        return self.powers.sum(-1).log_().add_(self.top[:, 0])
 
     def out(self, lse: torch.Tensor) -> torch.Tensor:
-        """The chosen blocks' share of the output, [h T, D], given the log-sum-exp of the whole softmax."""
-        return _bag(self.tokens, self.value, self._weights(lse))
+        """The chosen blocks' share of the output, [R, D], given the log-sum-exp of the whole softmax."""
+        return _bag(self.tokens, self.value, self.powers).mul_((self.top - lse[:, None]).exp_())
 
     def gradients(self, grad, out, lse, key_grad: torch.Tensor, value_grad: torch.Tensor) -> torch.Tensor:
-        """Adds to the gradients of all blocks [m, b, D], and returns the share in that of the queries [h T, D]."""
+        """Adds to the gradients of all blocks [m, b, D], and returns the share in that of the queries [R, D]."""
         grad, out = grad.to(self.query.dtype), out.to(self.query.dtype)
-        weights, delta = self._weights(lse), (grad * out).sum(-1, keepdim=True)
-        products = _sampled(self.tokens.flatten(), self._starts(self.tokens), grad, self.value).view_as(weights)
-        scores = (weights * (products - delta) * self.scale).view_as(self.logits)
+        weights, delta = self.powers * (self.top - lse[:, None]).exp_(), (grad * out).sum(-1, keepdim=True)
+        products = _sampled(self.tokens.flatten(), self._starts(), grad, self.value).view_as(weights)
+        scores = weights * (products - delta) * self.stretch.scale
         self._add_to_blocks(value_grad, grad, weights.view_as(self.logits))
-        if self.far is None:
-            self._add_to_blocks(key_grad, self.query, scores)
-            return _bag(self.tokens, self.key, scores.flatten(1))
-        near, far = (scores.masked_fill(hidden[..., None], 0) for hidden in (self.far, ~self.far))
+        if not self.clamps:
+            self._add_to_blocks(key_grad, self.query, scores.view_as(self.logits))
+            return _bag(self.tokens, self.key, scores)
+        is_far = self.far
+        near, far = (scores.view_as(self.logits).masked_fill(x[..., None], 0) for x in (is_far, ~is_far))
         self._add_to_blocks(key_grad, self.query, near)
-        last, inv_freq = len(self.block_start), self.stretch.inv_freq
-        turned = torch.zeros_like(key_grad[:last])
-        self._add_to_blocks(turned, self.query_far, far)
-        key_grad[:last] += rotate(turned, self.block_start, inv_freq)
-        end = len(self.key_far) - 1  # near reads may lie behind it: of weight 0 here, and any row will do
-        query_far = _bag(self.tokens.clamp(max=end), self.key_far, far.flatten(1))
-        return _bag(self.tokens, self.key, near.flatten(1)) + rotate(query_far, -self.distance, inv_freq)
+        last = max(0, int(self.reads.max()) - self.blocks + 1)
+        turned, starts = torch.zeros_like(key_grad[:last]), self.stretch.block_starts(torch.arange(last))
+        self._add_to_blocks(turned, self.rows[::2], far)
+        key_grad[:last] += rotate(turned, starts[:, None], self.stretch.inv_freq)
+        both = _bag(self.tokens.flatten(), self.key, scores.flatten(), self.starts[:-1])
+        return self._rotated(both[::2], -self.distance) + both[1::2]
 
     def _add_to_blocks(self, total: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor) -> None:
-        """total [.., b, D] of each block += rows [h T, D] of the queries that read it, times factors [h T, K, b]."""
-        ids = self.slots.masked_fill(~self.real, -1).flatten()
+        """total [.., b, D] of each block += rows [R, D] of the queries that read it, times factors [R, K, b]."""
+        ids = self.slots.masked_fill(self.reads < 0, -1).flatten()
         order = ids.argsort(stable=True)[int((ids < 0).sum()) :]
         order = order[: int((ids[order] < len(total)).sum())]
         starts = torch.searchsorted(ids[order], torch.arange(len(total))).int()
-        index, factors = (order // self.slots.shape[1]).int(), factors.flatten(0, 1)[order]
+        index, factors = (order // self.reads.shape[1]).int(), factors.flatten(0, 1)[order]
         for i in range(self.size):
             total[:, i] += _bag(index, rows, factors[:, i].contiguous(), starts)

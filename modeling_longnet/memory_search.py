@@ -105,13 +105,13 @@ class Ranking:
         """The same of keys turned back to their blocks' beginnings, for queries that look from `max_distance`."""
         size, sinks = self.schedule.memory.block_size, self.schedule.num_sink_tokens
         start = (torch.arange(key.shape[2], device=key.device) // size + first_block) * size
-        key = rotate(key.to(_rank_dtype(key.dtype)), -start.expand(key.shape[:3]), self.inv_freq)
+        key = rotate(key.to(_rank_dtype(key.dtype)), -start, self.inv_freq)
         return summarize(self._few(key, "far_to_key"), self.schedule.memory, sinks, first_block)
 
     def far_query(self, query: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Queries [..., D] at `position` [...] turned to `max_distance`, in float32 at least."""
+        """Queries [..., D] at `position`, which broadcasts to [...], turned to `max_distance`, in float32 at least."""
         distance = self.schedule.memory.max_distance - position
-        return rotate(query.to(_rank_dtype(query.dtype)), distance.expand(query.shape[:-1]), self.inv_freq)
+        return rotate(query.to(_rank_dtype(query.dtype)), distance, self.inv_freq)
 
     def ranks(
         self, query: torch.Tensor, index: Index, begin: int, end: int, far=False, out: torch.Tensor | None = None
@@ -227,8 +227,8 @@ def choose_blocks(
     far_index: Index | None,
     query_start: int,
 ) -> torch.Tensor:
-    """The blocks that queries at positions query_start, query_start + 1, ... read, rising, -1 behind them for none: int64
-    [B, H, Q, top_k].
+    """The blocks that queries at positions query_start, query_start + 1, ... read, rising, -1 behind them for none:
+    int64 [B, H, Q, top_k].
 
     Args:
         query: [B, H, Q, D]. index: of all blocks that may be eligible. far_index: the same for those at a clamped
@@ -263,13 +263,19 @@ def hide_ineligible(ranks: torch.Tensor, schedule: DilationSchedule, start: torc
 
 
 def rank_blocks(
-    ranking: Ranking, query: torch.Tensor, index: Index, far_index: Index | None, position: torch.Tensor, count: int
+    ranking: Ranking,
+    query: torch.Tensor,
+    index: Index,
+    far_index: Index | None,
+    position: torch.Tensor,
+    count: int,
+    far_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The ranks [B, G, H / G, T, n] of the first n = `count` blocks for queries [B, H, T, D]; arguments as of
     `choose_blocks`.
 
     position: of the queries, [T] or [B, 1, 1, T]. Of blocks on one side of `max_distance` for all queries only that
-    side's ranks are computed.
+    side's ranks are computed. far_query: the queries, turned, if they are at hand.
     """
     memory = ranking.schedule.memory
     if far_index is None:
@@ -278,7 +284,8 @@ def rank_blocks(
     low, reach = (min(count, max(0, x)) for x in reaches)  # blocks that are far for all queries, and for any
     if not reach:
         return ranking.ranks(query, index, 0, count)
-    far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
+    if far_query is None:
+        far_query = ranking.far_query(query, position if position.dim() == 1 else position[:, 0])
     groups = index[0].shape[1]
     shape = len(query), groups, query.shape[1] // groups, query.shape[2], count
     ranks = query.new_empty(shape, dtype=_rank_dtype(query.dtype))
