@@ -12,11 +12,12 @@ from .memory_positions import rotate
 from .memory_search import Index, Ranking, best_blocks, hide_ineligible, rank_blocks
 
 
-def _choose(ranking: Ranking, query, index, far_index, position, start) -> torch.Tensor:
+def _choose(ranking: Ranking, query, far_query, index, far_index, position, start) -> torch.Tensor:
     """Blocks [B, G, h, K] of queries [B, H, 1, D] at `position` [B], whose windows begin at `start` [B]."""
-    memory, count = ranking.schedule.memory, int(start.max()) // ranking.schedule.memory.block_size
-    ranks = rank_blocks(ranking, query, index, far_index, position[:, None, None, None], count)
-    hide_ineligible(ranks, ranking.schedule, start[:, None, None, None])
+    memory = ranking.schedule.memory
+    settled, count = (int(x) // memory.block_size for x in start.aminmax())
+    ranks = rank_blocks(ranking, query, index, far_index, position[:, None, None, None], count, far_query)
+    hide_ineligible(ranks, ranking.schedule, start[:, None, None, None], settled)
     return best_blocks(ranks[..., 0, :], memory.top_k)
 
 
@@ -53,27 +54,26 @@ def attend_step(
     dtype = torch.promote_types(query.dtype, torch.float32)
     clamps = memory.max_distance is not None and last > memory.max_distance
     rows = query.unflatten(1, (groups, -1))[..., 0, :].to(dtype)  # [B, G, h, D]
-    far_rows = None
-    if clamps:
-        far_rows = ranking.far_query(query, position[:, None, None]).unflatten(1, (groups, -1))[..., 0, :]
+    far_query = ranking.far_query(query, position[:, None, None]) if clamps else None
     tokens, seen = _shared_tokens(schedule, position, start)
     keys, values = (x.to(dtype) for x in gather(tokens[:, None].expand(-1, groups, -1)))
     scores = rows @ keys.mT * scale
     if clamps:
         far = (position > memory.max_distance)[:, None, None, None]
+        far_rows = far_query.unflatten(1, (groups, -1))[..., 0, :]
         scores[..., :sinks] = torch.where(far, far_rows @ keys[:, :, :sinks].mT * scale, scores[..., :sinks])
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     if int(start.max()) < memory.block_size:
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2).to(query.dtype)
-    chosen = _choose(ranking, query, index, far_index if clamps else None, position, start)
+    chosen = _choose(ranking, query, far_query, index, far_index if clamps else None, position, start)
     begin = chosen.clamp(min=0) * memory.block_size
     tokens = begin[..., None] + torch.arange(memory.block_size, device=keys.device)  # [B, G, h, K, b]
     own_keys, own_values = (x.to(dtype) for x in gather(tokens))
-    own = (own_keys @ rows[:, :, :, None, :, None])[..., 0] * scale
+    rows = rows[..., None, :].expand(*begin.shape, -1)  # a query for each block
     if clamps:
-        turned = rotate(own_keys, -begin[..., None].expand(tokens.shape), ranking.inv_freq)
-        is_far = position[:, None, None, None] - begin > memory.max_distance
-        own = torch.where(is_far[..., None], (turned @ far_rows[:, :, :, None, :, None])[..., 0] * scale, own)
+        distance = memory.max_distance - position[:, None, None, None] + begin
+        rows = rotate(rows, distance.clamp(max=0), ranking.inv_freq)
+    own = (own_keys @ rows[..., None])[..., 0] * scale
     hidden = (chosen < 0)[..., None] | (tokens < sinks)
     own = own.masked_fill(hidden, -torch.inf).flatten(-2)
     weights = torch.cat([scores, own], dim=-1).softmax(-1)
