@@ -50,7 +50,8 @@ def set_bases(model: nn.Module, bases: dict[int, MemoryBasis]) -> None:
 
 
 def write_bases(folder: str | Path, model: nn.Module) -> None:
-    """Writes the file, or removes one that belonged to what was saved there before."""
+    """Writes the file, or removes one that belonged to what was saved there before. Whoever is killed at it leaves what
+    was there."""
     tensors = {}
     for index, module in layer_memories(model).items():
         basis = getattr(module, LAYER_MEMORY).basis
@@ -61,8 +62,10 @@ def write_bases(folder: str | Path, model: nn.Module) -> None:
     if not tensors:
         path.unlink(missing_ok=True)
     elif path.parent.is_dir():
+        temporary = path.with_name(path.name + ".tmp")
         # No import statement: what those name, Transformers demands of all who load this code from the Hub.
-        importlib.import_module("safetensors.torch").save_file(tensors, path)
+        importlib.import_module("safetensors.torch").save_file(tensors, temporary)
+        temporary.replace(path)
 
 
 def read_bases(path: str | Path) -> dict[int, MemoryBasis]:

@@ -62,8 +62,15 @@ class TensorStore:
     def _empty(self, room: int) -> torch.Tensor:
         s = self.shape
         device = s.device if self.on_device else torch.device("cpu")
-        pin = not self.on_device and s.device.type == "cuda"
-        return torch.zeros(s.batch, s.groups, room, s.width, dtype=s.dtype, device=device, pin_memory=pin)
+        return torch.zeros(s.batch, s.groups, room, s.width, dtype=s.dtype, device=device, pin_memory=self._pins)
+
+    @property
+    def _pins(self) -> bool:
+        return not self.on_device and self.shape.device.type == "cuda"
+
+    def _place(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.keys.device)
+        return x.pin_memory() if self._pins else x
 
     def write(self, row: slice, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps tokens [b, G, T, D] of these rows, from position `first` on."""
@@ -117,8 +124,7 @@ class TensorStore:
         return {"keys": self.keys, "values": self.values, **self.indices}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        place = self.keys.device
-        self.keys, self.values = tensors["keys"].to(place), tensors["values"].to(place)
+        self.keys, self.values = self._place(tensors["keys"]), self._place(tensors["values"])
         self.indices = {name: tensors[name].to(self.shape.device) for name in INDICES if name in tensors}
         self.shape = replace(self.shape, batch=len(self.keys))
 
@@ -142,7 +148,8 @@ class RowFiles:
         self.count = count  # tokens
         self.tokens = folder.file("tokens", layer, row, (2, shape.groups, shape.width), shape.dtype, count)
         self.indices = {name: self._index(name, width, count // shape.size) for name, width in (widths or {}).items()}
-        self.copies: dict[str, torch.Tensor] = {}  # on a device that cannot read files
+        # On a device that cannot read files: of all records there is room for.
+        self.copies: dict[str, torch.Tensor] | None = None if shape.device.type == "cpu" else {}
 
     def __deepcopy__(self, memo):
         return copy.copy(self) if copy.deepcopy(self.folder, memo) is self.folder else None
@@ -161,17 +168,22 @@ class RowFiles:
         if name not in self.indices:
             self.indices[name] = self._index(name, new.shape[-1])
         self.indices[name].write(first, new.transpose(0, 1))
-        self.copies.pop(name, None)
+        if self.copies is None:
+            return
+        copied, room = self._copy(name), len(self.indices[name].records)
+        if copied.shape[2] < room:
+            self.copies[name] = copied = torch.nn.functional.pad(copied, (0, 0, 0, room - copied.shape[2]))
+        copied[0, :, first : first + new.shape[1]] = new
+
+    def _copy(self, name: str) -> torch.Tensor:
+        if name not in self.copies:
+            self.copies[name] = self.indices[name].records.transpose(0, 1)[None].to(self.shape.device)
+        return self.copies[name]
 
     def ranked(self, name: str) -> tuple[torch.Tensor, ...]:
         if name not in self.indices:
             return ()
-        index = self.indices[name].records.transpose(0, 1)[None]
-        if self.shape.device.type == "cpu":
-            return (index,)
-        if name not in self.copies:
-            self.copies[name] = index.to(self.shape.device)
-        return (self.copies[name],)
+        return (self.indices[name].records.transpose(0, 1)[None] if self.copies is None else self._copy(name),)
 
     def span(self, begin: int, end: int) -> Pair:
         records = self.tokens.records[begin:end].permute(1, 2, 0, 3).contiguous().to(self.shape.device)
@@ -257,7 +269,7 @@ class FileStore:
     def bytes(self) -> dict[str, int]:
         files = [file for row in self.rows for file in (row.tokens, *row.indices.values())]
         held = {"disk": sum(len(file.records) * file.record_bytes for file in files)}
-        copies = sum(x.nbytes for row in self.rows for x in row.copies.values())
+        copies = sum(x.nbytes for row in self.rows for x in (row.copies or {}).values())
         return held | ({"device": copies} if copies else {})
 
 

@@ -13,8 +13,9 @@ from test_memory_patch import TOLERANCE, logits, read, recall_cases, recall_mode
 
 from modeling_longnet import DilatedCache, patch_model
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
-from modeling_longnet.memory_pages import STATE_NAME
-from modeling_longnet.memory_store import TensorStore
+from modeling_longnet.memory_files import BASIS_NAME, write_bases
+from modeling_longnet.memory_pages import STATE_NAME, StoreFolder
+from modeling_longnet.memory_store import RowFiles, Shape, TensorStore
 from modeling_longnet.transformers_compat import named_cache
 
 
@@ -236,6 +237,47 @@ def test_a_closed_cache_is_written_to_no_more(tmp_path):
     cache.close()
     with pytest.raises(ValueError, match="closed"):
         read(with_memory("alone"), tokens(9), [9], cache)
+
+
+def test_a_device_that_reads_no_files_gets_only_what_is_new(tmp_path):
+    shape = Shape(1, 2, 8, torch.float32, torch.device("cpu"), 4)
+    files = RowFiles(StoreFolder(tmp_path, is_new=True), 0, 0, shape)
+    files.copies = {}  # as beside a GPU
+    written = torch.randn(2, 700, 16)
+    first = 0
+    for count in (1, 3, 250, 2, 300, 144):  # 256 records, and more
+        files.write_index("index", first, written[:, first : first + count])
+        first += count
+        (copied,) = files.ranked("index")
+        assert torch.equal(copied[0, :, :first], written[:, :first])
+        assert torch.equal(copied[0].transpose(0, 1), files.indices["index"].records)
+    held = copied.data_ptr()
+    files.write_index("index", 500, written[:, :2])  # what was cropped is written anew
+    (copied,) = files.ranked("index")
+    assert copied.data_ptr() == held and torch.equal(copied[0, :, 500:502], written[:, :2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory is a GPU's")
+def test_pinned_memory_stays_pinned():
+    store = TensorStore(Shape(2, 1, 8, torch.float32, torch.device("cuda"), 4), on_device=False)
+    store.write(slice(None), 0, *(torch.randn(2, 1, 9, 8) for _ in range(2)))
+    store.map_batch(lambda x: x[:1])
+    assert store.keys.is_pinned() and store.values.is_pinned()
+
+
+def test_dimensions_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = with_memory("few-dimensions")
+    write_bases(tmp_path, model)
+    before = (tmp_path / BASIS_NAME).read_bytes()
+
+    def killed(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_bases(tmp_path, model)
+    assert (tmp_path / BASIS_NAME).read_bytes() == before
 
 
 def test_what_is_damaged_foreign_or_in_use_is_refused(tmp_path):
