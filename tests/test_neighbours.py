@@ -476,6 +476,18 @@ def test_states_of_bounded_systems_do_not_grow():
     assert after(REFERENCE, 512) == 2 * after(REFERENCE, 256) == 2 * 2 * 512 * SHAPE.hidden_size * 4  # layers, k and v
 
 
+def test_an_attached_memory_reads_but_does_not_train():
+    system = lively("LongMem")
+    tokens = torch.randint(SHAPE.vocab_size, (1, 200))
+    changed = tokens.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % SHAPE.vocab_size
+    for mode in (False, True, False):
+        system.train(mode)
+        with torch.no_grad():
+            felt = (system(tokens)[0] - system(changed)[0])[:, -1].abs().max() > 1e-9
+        assert felt != mode  # behind two windows of 32 tokens
+
+
 def test_unknown_systems_are_refused():
     with pytest.raises(ValueError, match="got 'GPT-5'"):
         build_system("GPT-5", SHAPE)

@@ -52,6 +52,12 @@ def window_patch(window: int, sinks: int = 0) -> dict:
     return {"segment_lengths": [2 * window], "dilation_rates": [1], "num_sink_tokens": sinks, "local": "sliding"}
 
 
+def memory_patch(shape: ModelShape, **memory) -> dict:
+    """A sliding window of 4w in every layer, and behind it a memory in the last one."""
+    last = {"layers": [shape.num_hidden_layers - 1], "rank": "mean"}
+    return window_patch(4 * shape.window) | {"memory": last | memory}
+
+
 def _layers(mixer: Callable[[ModelShape, int], torch.nn.Module], mixers_per_layer: int = 1, mlp: bool = True):
     def build(shape: ModelShape, width: int) -> System:
         count = mixers_per_layer * shape.num_hidden_layers
@@ -90,6 +96,16 @@ def _memorizing(shape, layer):
         window = 4 * shape.window
         return MemorizingAttention(shape.hidden_size, shape.num_attention_heads, window, segment=2 * shape.window)
     return _pattern(shape, SlidingWindow(4 * shape.window))
+
+
+def _longllama(shape: ModelShape, width: int) -> System:
+    """Single keys, none of them farther than 8w, wherever they were read."""
+    return llama(shape, width, memory_patch(shape, block_size=1, top_k=32, max_distance=8 * shape.window))
+
+
+def _longmem(shape: ModelShape, width: int) -> System:
+    """Chunks of 4, by their mean keys, of what the trained model has read: it never saw a memory in training."""
+    return llama(shape, width, window_patch(4 * shape.window), memory_patch(shape, block_size=4, top_k=16))
 
 
 def _flash(shape: ModelShape, width: int) -> System:
@@ -163,6 +179,18 @@ SYSTEMS: dict[str, Row] = {
     "Memorizing Transformer": Row(
         _layers(_memorizing), OURS, "4w; in the last layer also the 32 nearest of all segments of 2w before",
         "the memory forgets nothing; rotary positions in the window",
+    ),
+    "LongLLaMA (FoT)": Row(
+        _longllama, "this project's memory over Llama",
+        "4w; in the last layer also the 32 nearest of all keys before, with gradients, in one softmax",
+        "no negatives from other documents in training (FoT's crossbatch), for which the memory has no place; "
+        "keys of memory farther than 8w are at that distance, where LongLLaMA's are all at one",
+    ),
+    "LongMem": Row(
+        _longmem, "this project's memory over Llama",
+        "4w; read, but not trained, with 16 chunks of 4 of all before in the last layer, by their mean keys",
+        "no side network that learns to read: the memory is attached to the trained model as it is, in one softmax "
+        "without a gate",
     ),
 }  # fmt: skip
 REFERENCE = "Llama (dense)"

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.mamba import modeling_mamba
 from transformers.models.rwkv import modeling_rwkv
 
-from modeling_longnet import DilatedCache, is_patched, patch_model
+from modeling_longnet import DilatedCache, is_patched, patch_model, unpatch_model
 
 from .backbone import ModelShape, System
 from .recurrence import linear_recurrence
@@ -83,8 +83,25 @@ class TransformersSystem(System):
         return self.model.get_input_embeddings().weight
 
 
-def llama(shape: ModelShape, width: int, patch: dict | None = None) -> TransformersSystem:
-    """Dense, or with `patch_model(**patch)`."""
+class AttachedMemory(TransformersSystem):
+    """A model that is trained under one patch, and reads under another, as it is.
+
+    Args:
+        in_training, in_reading: arguments of `patch_model`.
+    """
+
+    def __init__(self, model: PreTrainedModel, in_training: dict, in_reading: dict):
+        super().__init__(patch_model(model, **in_training))
+        self.patches = {True: in_training, False: in_reading}
+
+    def train(self, mode: bool = True):
+        if mode != self.training:
+            patch_model(unpatch_model(self.model), **self.patches[mode])
+        return super().train(mode)
+
+
+def llama(shape: ModelShape, width: int, patch: dict | None = None, in_reading: dict | None = None) -> System:
+    """Dense, or with `patch_model(**patch)`, of which `in_reading` takes the place where it is not trained."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=shape.vocab_size,
@@ -96,6 +113,8 @@ def llama(shape: ModelShape, width: int, patch: dict | None = None) -> Transform
             tie_word_embeddings=True,
         )
     )
+    if in_reading is not None:
+        return AttachedMemory(model, patch, in_reading)
     return TransformersSystem(model if patch is None else patch_model(model, **patch))
 
 
