@@ -23,6 +23,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -192,14 +193,12 @@ def transfer_backward(student: PreTrainedModel, teacher: PreTrainedModel) -> Cal
     return backward
 
 
-def training_blocks(tokenizer, text: str, options: argparse.Namespace, seed: int) -> tuple[list, torch.Tensor]:
-    """`max_steps` blocks [block_size] of a text in an order of the seed's, and the tokens held out."""
-    settings = Options(text=text, block_size=options.block_size, eval_tokens=options.eval_tokens)
-    rows, held_out = tokenize(tokenizer, settings)
+def in_order(rows: list[dict], count: int, seed: int) -> list[torch.Tensor]:
+    """`count` of the blocks [N] of a text, in an order of the seed; fewer come again."""
     generator, order = torch.Generator().manual_seed(seed), []
-    while len(order) < options.max_steps:
+    while len(order) < count:
         order += torch.randperm(len(rows), generator=generator).tolist()
-    return [rows[i]["input_ids"] for i in order[: options.max_steps]], held_out
+    return [rows[i]["input_ids"] for i in order[:count]]
 
 
 def load_dense(options: argparse.Namespace) -> PreTrainedModel:
@@ -207,9 +206,15 @@ def load_dense(options: argparse.Namespace) -> PreTrainedModel:
     return model.to(options.device).eval()
 
 
-def measure_row(options: argparse.Namespace, tokenizer, text: str, variant: str, method: str, seed: int) -> dict:
-    """Perplexity by length of a form after a method, and what its training took."""
-    blocks, held_out = training_blocks(tokenizer, text, options, seed)
+def measure_row(
+    options: argparse.Namespace,
+    blocks: list[torch.Tensor],
+    held_out: torch.Tensor,
+    variant: str,
+    method: str,
+    seed: int,
+) -> dict:
+    """Perplexity by length of a form after a method on blocks [N] each, and what its training took."""
     set_seed(seed)
     model, name = load_dense(options), f"{variant}, {METHODS[method]}"
     if VARIANTS[variant] is not None:
@@ -408,8 +413,14 @@ def run(options: argparse.Namespace) -> dict:
         if seed == 0 or not row.endswith(":none")
     ]  # fmt: skip
 
+    @cache
+    def split(text: str) -> tuple[list[dict], torch.Tensor]:
+        given = Options(text=texts[text], block_size=options.block_size, eval_tokens=options.eval_tokens)
+        return tokenize(tokenizer, given)
+
     def measure(seed: int, text: str, variant: str, method: str) -> dict:
-        return measure_row(options, tokenizer, texts[text], variant, method, seed)
+        rows, held_out = split(text)
+        return measure_row(options, in_order(rows, options.max_steps, seed), held_out, variant, method, seed)
 
     return measure_missing(options.output, settings, wanted, measure)
 
