@@ -474,6 +474,7 @@ def test_states_of_bounded_systems_do_not_grow():
     ):
         assert after(name, 1024) <= 1.6 * after(name, 512), name
     assert after(REFERENCE, 512) == 2 * after(REFERENCE, 256) == 2 * 2 * 512 * SHAPE.hidden_size * 4  # layers, k and v
+    assert after("LongMem", 512) > 2 * 512 * SHAPE.hidden_size * 4  # all keys and values of one layer, and their index
 
 
 def test_an_attached_memory_reads_but_does_not_train():

@@ -188,7 +188,7 @@ class CausalConvolution(nn.Module):
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of the tensors in a state: in lists, dictionaries, caches, and objects that tell `state_bytes`."""
+    """Bytes of the tensors in a state: in lists, dictionaries, caches, and objects that tell it themselves."""
     counted: dict[int, int] = {}
 
     def visit(value: Any, seen: set[int]) -> None:
@@ -200,6 +200,8 @@ def state_bytes(state: Any) -> int:
             counted[storage.data_ptr()] = min(storage.nbytes(), value.nbytes)
         elif hasattr(value, "state_bytes"):
             counted[-id(value)] = value.state_bytes
+        elif hasattr(value, "memory_footprint"):
+            counted[-id(value)] = value.memory_footprint()
         elif isinstance(value, dict):
             for item in value.values():
                 visit(item, seen)
