@@ -13,7 +13,14 @@ import torch
 
 from examples.evidence.compare import SCALES
 from examples.evidence.neighbours.backbone import ModelShape, System
-from examples.evidence.neighbours.systems import REFERENCE, SYSTEMS, build_system, dilated_patch, matched_width
+from examples.evidence.neighbours.systems import (
+    REFERENCE,
+    SYSTEMS,
+    build_system,
+    dilated_patch,
+    key_memory,
+    matched_width,
+)
 from examples.evidence.neighbours.transformers_models import llama
 from examples.evidence.recall import measure_recall
 from examples.evidence.records import mean, measure_missing
@@ -43,6 +50,10 @@ SCHEDULES = {
         **dilated_patch(shape),
         "memory": {"block_size": 4, "top_k": 16, "dimensions": None},
     },
+    "sliding window, 32 keys from memory in the first layer": lambda shape: key_memory(shape, [0]),
+    "sliding window, 32 keys from memory in the last layer": lambda shape: key_memory(
+        shape, [shape.num_hidden_layers - 1]
+    ),
 }
 
 

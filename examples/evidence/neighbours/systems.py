@@ -4,7 +4,7 @@ To add one: write a mixer (see `backbone.py`), give it a row here, and `tests/te
 others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +52,14 @@ def window_patch(window: int, sinks: int = 0) -> dict:
     return {"segment_lengths": [2 * window], "dilation_rates": [1], "num_sink_tokens": sinks, "local": "sliding"}
 
 
-def memory_patch(shape: ModelShape, **memory) -> dict:
-    """A sliding window of 4w in every layer, and behind it a memory in the last one."""
-    last = {"layers": [shape.num_hidden_layers - 1], "rank": "mean"}
-    return window_patch(4 * shape.window) | {"memory": last | memory}
+def memory_patch(shape: ModelShape, layers: Iterable[int], **memory) -> dict:
+    """A sliding window of 4w in every layer, and behind it, in some layers, a memory that ranks by mean keys."""
+    return window_patch(4 * shape.window) | {"memory": {"rank": "mean", "layers": sorted(set(layers))} | memory}
+
+
+def key_memory(shape: ModelShape, layers: Iterable[int]) -> dict:
+    """32 single keys, none of them farther than 8w, wherever they were read."""
+    return memory_patch(shape, layers, block_size=1, top_k=32, max_distance=8 * shape.window)
 
 
 def _layers(mixer: Callable[[ModelShape, int], torch.nn.Module], mixers_per_layer: int = 1, mlp: bool = True):
@@ -99,13 +103,14 @@ def _memorizing(shape, layer):
 
 
 def _longllama(shape: ModelShape, width: int) -> System:
-    """Single keys, none of them farther than 8w, wherever they were read."""
-    return llama(shape, width, memory_patch(shape, block_size=1, top_k=32, max_distance=8 * shape.window))
+    """Memory in layers as deep as those of LongLLaMA, which are 6, 12 and 18 of 26."""
+    return llama(shape, width, key_memory(shape, (shape.num_hidden_layers * layer // 26 for layer in (6, 12, 18))))
 
 
 def _longmem(shape: ModelShape, width: int) -> System:
     """Chunks of 4, by their mean keys, of what the trained model has read: it never saw a memory in training."""
-    return llama(shape, width, window_patch(4 * shape.window), memory_patch(shape, block_size=4, top_k=16))
+    in_reading = memory_patch(shape, [shape.num_hidden_layers - 1], block_size=4, top_k=16)
+    return llama(shape, width, window_patch(4 * shape.window), in_reading)
 
 
 def _flash(shape: ModelShape, width: int) -> System:
@@ -182,8 +187,8 @@ SYSTEMS: dict[str, Row] = {
     ),
     "LongLLaMA (FoT)": Row(
         _longllama, "this project's memory over Llama",
-        "4w; in the last layer also the 32 nearest of all keys before, with gradients, in one softmax",
-        "no negatives from other documents in training (FoT's crossbatch), for which the memory has no place; "
+        "4w; in layers 6, 12, 18 of 26 (of two: both) also, in one softmax, the 32 nearest of all keys before",
+        "gradients reach all keys of a text; no keys of other documents in training (FoT's crossbatch); "
         "keys of memory farther than 8w are at that distance, where LongLLaMA's are all at one",
     ),
     "LongMem": Row(
