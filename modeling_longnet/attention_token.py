@@ -116,6 +116,21 @@ def _key_view(x: torch.Tensor, piece: Piece) -> torch.Tensor:
     )
 
 
+def attend_piece(kernel: type[Kernel], piece: Piece, query, key, value, scale: float) -> tuple[torch.Tensor, ...]:
+    """(out [B, units, members, D], log-sum-exp [B, units, members]) of one piece."""
+    return kernel.forward(_query_view(query, piece), _key_view(key, piece), _key_view(value, piece), False, scale)
+
+
+def only_piece(plans: list[tuple[Piece, ...]], query: torch.Tensor) -> Piece | None:
+    """The one piece of the one plan, if there is no other and its heads are those of query [B, H, 1, D] in order."""
+    if len(plans) != 1 or len(plans[0]) != 1:
+        return None
+    (piece,) = plans[0]
+    in_order = piece.head == 0 and piece.head_step == (piece.members if piece.units > 1 else 0)
+    in_order &= piece.member_step == (1 if piece.members > 1 else 0)
+    return piece if in_order and piece.units * piece.members == query.shape[1] else None
+
+
 def attend_token(
     kernel: type[Kernel],
     pieces: tuple[Piece, ...],
@@ -129,12 +144,11 @@ def attend_token(
     """Attention of query [B, H, 1, D] to key and value [B, G, M, D]: in place, `out` [B, H, 1, D] and `lse` [B, H, 1]
     of one dtype, which hold 0 and -inf."""
     for index, piece in enumerate(pieces):
-        keys = _key_view(key, piece), _key_view(value, piece)
-        part, part_lse = kernel.forward(_query_view(query, piece), *keys, False, scale)
+        part, part_lse = attend_piece(kernel, piece, query, key, value, scale)
         total, total_lse = _query_view(out, piece), _query_view(lse, piece)
         if index == 0:
             total.copy_(part)
             total_lse.copy_(part_lse)
             continue
         total.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - total_lse).unsqueeze(-1))
-        total_lse.copy_(torch.logaddexp(total_lse, part_lse))
+        torch.logaddexp(total_lse, part_lse, out=total_lse)

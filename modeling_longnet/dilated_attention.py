@@ -14,7 +14,7 @@ from torch import nn
 
 from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
 from .attention_kernels import HAS_TRITON, as_autocast, check_backend, choose_backend, get_kernel, refuse_tangents
-from .attention_token import attend_token, plan_token
+from .attention_token import Piece, attend_piece, attend_token, only_piece, plan_token
 from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, Heads, as_integer
 from .document_ids import document_positions
@@ -65,33 +65,68 @@ def _empty_out(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, query.new_empty(batch, num_heads, length, dtype=lse_dtype)
 
 
-def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads, schedule, scale, backend):
-    schedule = DilationSchedule.from_text(schedule)
-    if offset_tensor is not None:
-        query_offset = int(offset_tensor)
+def _run(kernel, pieces, query, key, value, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of `_pieces`, whose plan is one of blocks or, for a single query, the parts of a token's attention."""
     out, lse = _empty_out(query)
-    heads = Heads.of(query, key, *heads)
-    if backend == "triton":
-        triton_forward(TritonCall(query, key, value, document_ids, query_offset, schedule, heads, scale), out, lse)
-        return out, lse
     # Half precisions are mixed in float32: rounding between patterns would cost what the kernels took care to keep.
     mixed = out if query.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
     mixed.zero_()
     lse.fill_(-torch.inf)
-    kernel = get_kernel(backend, query)
-    is_single = query.shape[2] == 1 and schedule.padding == "mask"
-    plan = plan_token if is_single else plan_blocks
-    for rows, q, k, start, planned in _pieces(query, key, document_ids, query_offset, schedule, heads, plan):
+    whole = slice(0, len(query)), slice(0, query.shape[2]), slice(0, key.shape[2])
+    for *place, start, plan in pieces:
         tensors = query, key, value, mixed, lse
-        if not is_single or (rows, k) != (slice(0, len(query)), slice(0, key.shape[2])):  # slicing takes its time
+        if tuple(place) != whole:  # slicing takes its time
+            rows, q, k = place
             tensors = query[rows, :, q], key[rows, :, k], value[rows, :, k], mixed[rows, :, q], lse[rows, :, q]
-        if is_single:
-            attend_token(kernel, planned, *tensors, scale)
+        if plan and isinstance(plan[0], Piece):
+            attend_token(kernel, plan, *tensors, scale)
         else:
-            PlannedAttention(kernel, planned, start, scale).forward(*tensors)
+            PlannedAttention(kernel, plan, start, scale).forward(*tensors)
     if mixed is not out:
         out.copy_(mixed)
     return out, lse
+
+
+def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads, schedule, scale, backend):
+    schedule = DilationSchedule.from_text(schedule)
+    if offset_tensor is not None:
+        query_offset = int(offset_tensor)
+    heads = Heads.of(query, key, *heads)
+    if backend == "triton":
+        out, lse = _empty_out(query)
+        triton_forward(TritonCall(query, key, value, document_ids, query_offset, schedule, heads, scale), out, lse)
+        return out, lse
+    plan = plan_token if query.shape[2] == 1 and schedule.padding == "mask" else plan_blocks
+    pieces = _pieces(query, key, document_ids, query_offset, schedule, heads, plan)
+    return _run(get_kernel(backend, query), pieces, query, key, value, scale)
+
+
+def prepare_token(
+    query, key, value, schedule: DilationSchedule, *, scale, heads: Heads, document_ids, query_offset, backend
+) -> Callable[..., torch.Tensor] | None:
+    """[`scheduled_attention`] of one query a row, without gradients or autocast, as a function of query, key and value
+    like these: for all layers of a decoding step. None for what has to go the long way."""
+    _check_types(query, key, value, document_ids, query_offset, scale, 0.0)
+    query_offset = key.shape[2] - 1 if query_offset is None else int(query_offset)
+    _check_tensors(query, key, value, document_ids, query_offset, 0.0)
+    is_free = backend is None and HAS_TRITON
+    backend = choose_backend(backend, query, 0.0)
+    if is_free and backend == "sdpa" and is_faster(query, key, schedule, heads):
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend in ("eager", "triton") or schedule.memory is not None or schedule.padding != "mask" or scale <= 0:
+        return None
+    pieces = [*_pieces(query, key, document_ids, query_offset, schedule, heads, plan_token)]
+    kernel = get_kernel(backend, query)
+    alone = only_piece([plan for *_, plan in pieces], query) if document_ids is None else None
+
+    def attend(query, key, value):
+        refuse_tangents(backend, query, key, value)
+        if alone is None:
+            return _run(kernel, pieces, query, key, value, scale)[0]
+        return attend_piece(kernel, alone, query, key, value, scale)[0].reshape(query.shape)
+
+    return attend
 
 
 def _backward(

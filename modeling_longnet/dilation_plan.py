@@ -183,7 +183,10 @@ class _Planner:
         w, r = self.schedule.patterns[pattern]
         stop = min(start + w, self.length)
         bases = [start + s for s in range(offset, step, r)]
+        low, high = max(start, self.queries[0]), min(stop, self.queries[1])
         for query_base in bases:
+            if _first_row(query_base, step, low) >= _first_row(query_base, step, high):
+                continue  # none of these queries: of a single one, nearly always
             for key_base in bases:
                 for (a, b), covered in self._staircase(start, stop, query_base, key_base, earlier):
                     a, b = max(a, self.queries[0]), min(b, self.queries[1])

@@ -13,7 +13,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from .dilated_attention import ELSEWHERE, scheduled_attention
+from .attention_kernels import as_autocast
+from .dilated_attention import ELSEWHERE, prepare_token, scheduled_attention
 from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule, Heads
 from .document_ids import check_position_ids, reorder, restore_order
@@ -28,6 +29,7 @@ from .patch_mask import (
     dilated_mask,
     documents_of,
     is_compact_mask,
+    shared_by_layers,
 )
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -65,9 +67,9 @@ def unsupported_reason(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict
 ) -> str | None:
     """Why this layer's attention cannot be replaced by a dilated one, or None."""
-    for name, reason in UNSUPPORTED_ARGUMENTS.items():
-        if arguments.get(name) is not None:
-            return reason
+    for name in arguments.keys() & UNSUPPORTED_ARGUMENTS.keys():
+        if arguments[name] is not None:
+            return UNSUPPORTED_ARGUMENTS[name]
     unread = first_unread(arguments)
     if unread is not None:
         return f"it is given `{unread}`, which dilated attention does not read"
@@ -244,6 +246,18 @@ def _refuse_packing(position_ids: torch.Tensor | None, ids: torch.Tensor | None)
         raise ValueError("`position_ids`: a bounded cache holds one document per row, got several in one.")
 
 
+def _asked_of_token(query, key, value, settings: dict, dropout, scaling, arguments: dict) -> tuple | None:
+    """What the attention of a decoding step depends on, the same in most layers; None where each goes its own way."""
+    if query.shape[2] > 1 or torch.compiler.is_compiling() or dropout or settings.get("memory"):
+        return None
+    tensors = query, key, value
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    if arguments.get(ELSEWHERE) is not None or as_autocast(query)[0] is not query:
+        return None
+    return id(settings), scaling, *((type(x), x.shape, x.dtype, x.device) for x in tensors)
+
+
 def run_dilated(module, query, key, value, mask, settings: dict, dropout, scaling, **kwargs) -> torch.Tensor:
     """Dilated attention over plain keys: query [B, H, Q, D], key and value [B, G, N, D] -> out [B, H, Q, D]."""
     query_length, length = query.shape[2], key.shape[2]
@@ -255,9 +269,14 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
             f"`attention_mask` must be a 2-D mask [B, N] in a patched model, got {shape} for {length} keys: the "
             "schedule decides what each token sees, a mask of pairs would contradict it."
         )
-    _warn_beyond_native_context(module.config, length, settings)
     documents = documents_of(mask, kwargs.get("position_ids"), query_length)
     _refuse_untold_packing(kwargs, documents.is_packed)
+    asked = _asked_of_token(query, key, value, settings, dropout, scaling, kwargs)
+    shared = {} if asked is None else shared_by_layers(mask, documents)
+    prepared = shared.get(asked)
+    if prepared is not None:
+        return prepared(query, key, value)
+    _warn_beyond_native_context(module.config, length, settings)
     heads = heads_of(module, query, key)
     schedule, memory = DilationSchedule.from_config(module.config).of_layer(module.layer_idx), {}
     if schedule.memory is not None:
@@ -266,6 +285,13 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
         offset = angle_offset(documents, kwargs.get("position_ids"), len(query), length)
         query, key = (query, key) if offset is None else anchor(query, key, offset, known.inv_freq)
     order = documents.order
+    if asked is not None and order is None and heads.num_heads == heads.total:
+        prepared = shared[asked] = prepare_token(
+            query, key, value, schedule, scale=scaling, heads=heads, document_ids=documents.ids,
+            query_offset=documents.query_offset, backend=settings["backend"],
+        )  # fmt: skip
+        if prepared is not None:
+            return prepared(query, key, value)
     if order is not None:
         key, value = (reorder(x, order, dim=2) for x in (key, value))
         query = reorder(query, order, dim=2) if query_length == length else query
@@ -291,7 +317,7 @@ def make_attention_function(original: str) -> Callable:
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
-        tap = getattr(module, TAP, None)
+        tap = vars(module).get(TAP)  # `getattr` would look for a parameter of that name first
         if tap is not None:
             return tap(original, module, query, key, value, attention_mask, **arguments)
         settings = _patched_settings(module)

@@ -159,7 +159,7 @@ def dilated_mask(
     return mask
 
 
-def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _restarts(position_ids: torch.Tensor | None, offset: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where documents begin, bool [B, N], by the model's own packing and by the restarts of `position_ids` [B, Q]."""
     begins = torch.zeros_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -173,32 +173,46 @@ def _restarts(position_ids: torch.Tensor, offset: torch.Tensor, ids: torch.Tenso
     return begins.scatter(1, first_key(position_ids, real, queries), True)
 
 
+def _goes_on(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int, offset: int) -> bool:
+    """Whether a single query goes on with the one document of its row, as nearly every decoding step does."""
+    if query_length > 1 or bool(mask[:, 0, IDS].any()):
+        return False
+    return position_ids is None or min(position_ids.flatten().tolist()) >= offset
+
+
 def read_compact_mask(mask: torch.Tensor, position_ids: torch.Tensor | None, query_length: int) -> Documents:
     """Decode a compact mask. Eagerly, all that is trivial becomes None, so that the operator takes its short way."""
-    ids, offset, given = mask[:, 0, IDS].long(), mask[0, 0, OFFSET, 0].long(), mask[0, 0, GIVEN, 0] > 0
     length = mask.shape[-1]
     check_position_ids(position_ids, len(mask), query_length)
     if torch.compiler.is_compiling():
+        ids, offset, given = mask[:, 0, IDS].long(), mask[0, 0, OFFSET, 0].long(), mask[0, 0, GIVEN, 0] > 0
         begins = _restarts(position_ids, offset, ids)
         return Documents(torch.where(given, ids, begins.cumsum(1)), None, offset, is_packed=True)
-    if bool(mask[:, 0, EARLIER].any()):
+    told = mask[:, 0, :, 0].tolist()  # all but the ids is alike along N; at once, as each time waits for a GPU
+    offset, given = told[0][OFFSET], told[0][GIVEN] > 0
+    if any(row[EARLIER] for row in told):
         raise ValueError(
             "`cache` holds earlier tokens, and this forward goes on without them: gradient checkpointing "
             "sets caches aside. Call `model.eval()` or `model.gradient_checkpointing_disable()`."
         )
-    at = None if int(offset) == length - query_length else int(offset)
-    if bool(given):
-        if bool((ids >= 0).all()):
+    at = None if offset == length - query_length else offset
+    if given:
+        if bool((mask[:, 0, IDS] >= 0).all()):
             return Documents(None, None, at)
-        order, _ = side_by_side_order(ids, query_length, int(offset))
+        ids = mask[:, 0, IDS].long()
+        order, _ = side_by_side_order(ids, query_length, offset)
         return Documents(ids if order is None else ids.gather(1, order), order, at)
-    begins = _restarts(position_ids, offset, ids)
+    if _goes_on(mask, position_ids, query_length, offset):
+        return Documents(None, None, at)
+    begins = _restarts(position_ids, offset, mask[:, 0, IDS].long())
     is_packed = bool(begins[:, 1:].any())
     return Documents(begins.cumsum(1) if is_packed else None, None, at, is_packed=is_packed)
 
 
 # An attribute of a compact mask, which lives as long as a forward: what `read_compact_mask` found, and in what.
 DOCUMENTS_MARK = "_read_documents"
+# The same for `shared_by_layers`.
+SHARED_MARK = "_shared_by_layers"
 # The same for `chunk_order`.
 ORDER_MARK = "_chunk_order"
 
@@ -213,6 +227,15 @@ def documents_of(mask: torch.Tensor, position_ids: torch.Tensor | None, query_le
         documents = read_compact_mask(mask, position_ids, query_length)
         setattr(mask, DOCUMENTS_MARK, (position_ids, stamp, documents))
     return documents
+
+
+def shared_by_layers(mask: torch.Tensor, documents: Documents) -> dict:
+    """What the layers of one forward leave to those behind them; `documents` are those of the mask."""
+    read, shared = getattr(mask, SHARED_MARK, (None, None))
+    if read is not documents:
+        shared = {}
+        setattr(mask, SHARED_MARK, (documents, shared))
+    return shared
 
 
 def chunk_order(mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:

@@ -313,6 +313,31 @@ def test_cached_decode_equals_full_forward(model, input_ids, settings):
         torch.testing.assert_close(torch.cat(steps, dim=1)[mask > 0], whole[mask > 0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("pads", [(0, 0), (0, 7)])
+def test_the_layers_of_a_decoding_step_share_its_plan(patched, input_ids, monkeypatch, pads):
+    mask = torch.arange(45) >= torch.tensor(pads)[:, None]
+    whole, cache = logits(patched, input_ids, attention_mask=mask.long()), DynamicCache(config=patched.config)
+    logits(patched, input_ids[:, :40], attention_mask=mask[:, :40].long(), **named_cache(cache))
+    prepared, original = [], patch_attention.prepare_token
+    monkeypatch.setattr(patch_attention, "prepare_token", lambda *a, **k: prepared.append(k) or original(*a, **k))
+    monkeypatch.setattr(patch_attention, "scheduled_attention", None)
+    for i in range(40, 45):
+        told = {"attention_mask": mask[:, : i + 1].long(), **named_cache(cache)}
+        torch.testing.assert_close(logits(patched, input_ids[:, i : i + 1], **told)[:, 0], whole[:, i], **TOLERANCE)
+    assert len(prepared) == 5
+
+
+def test_a_decoding_step_that_is_differentiated_goes_the_long_way(patched, input_ids):
+    embeddings = patched.get_input_embeddings()(input_ids).detach()
+    expected = embeddings.clone().requires_grad_()
+    patched(inputs_embeds=expected).logits[:, -1].square().sum().backward()
+    cache, first, last = DynamicCache(config=patched.config), *embeddings.split([44, 1], 1)
+    logits(patched, None, inputs_embeds=first, **named_cache(cache))
+    last.requires_grad_()
+    patched(inputs_embeds=last, **named_cache(cache)).logits.square().sum().backward()
+    torch.testing.assert_close(last.grad, expected.grad[:, -1:], atol=1e-4, rtol=1e-4)
+
+
 def test_static_cache_equals_full_forward(patched, input_ids):
     cache = StaticCache(config=patched.config, max_cache_len=64)
     steps = [logits(patched, ids, **named_cache(cache)) for ids in input_ids.split([20, 10, 1, 1, 13], dim=1)]
