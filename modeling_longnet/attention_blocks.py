@@ -126,13 +126,24 @@ def merge_attentions(outs: tuple, lses: tuple[torch.Tensor, torch.Tensor]) -> No
     log-sum-exp that it is given, where there are only logits yet; or None, where all values are zero.
     """
     (out, other), (lse, other_lse) = outs, lses
+    if isinstance(other, torch.Tensor):
+        out.lerp_(other.to(out.dtype), torch.sigmoid(other_lse - lse).unsqueeze(-1))
+        torch.logaddexp(lse, other_lse, out=lse)
+        return
     joint = torch.logaddexp(lse, other_lse)
     out.mul_((lse - joint).exp_().unsqueeze(-1))
-    if callable(other):
+    if other is not None:
         out.add_(other(joint))
-    elif other is not None:
-        out.addcmul_(other.to(out.dtype), (other_lse - joint).exp_().unsqueeze(-1))
     lse.copy_(joint)
+
+
+def _add_band(totals: tuple[torch.Tensor, ...], shares: tuple[torch.Tensor, ...]) -> None:
+    """Adds a band's gradients; the keys of neighbouring bands overlap, half of them do not."""
+    totals[0].add_(shares[0])
+    split = totals[0].shape[2] - 1
+    for total, share in zip(totals[1:], shares[1:]):
+        for half in (slice(split), slice(split, None)):
+            total[:, :, half].add_(share[:, :, half])
 
 
 def _zeros_lse(block: Block, like: torch.Tensor) -> torch.Tensor:
@@ -163,7 +174,10 @@ class PlannedAttention:
                 continue
             reverse = kind == "reversed"
             for q4, k4, v4, o4, s4 in _four_dimensional(q, *keys.get(block), o, s):
-                result = self.kernel.forward(*_flip(reverse, q4, k4, v4), kind != "full", self.scale)
+                if kind == "band":
+                    result = self.kernel.forward_band(q4, k4, v4, self.scale)
+                else:
+                    result = self.kernel.forward(*_flip(reverse, q4, k4, v4), kind != "full", self.scale)
                 block_out, block_lse = _flip(reverse, *result)
                 if block.fresh:
                     o4.copy_(block_out)
@@ -183,6 +197,10 @@ class PlannedAttention:
             key_grads = keys.open_grad(block)
             views = [block_queries(x, block, self.start) for x in (grad, query, out, lse, grads[0])]
             for g, q, o, s, dq, k, v, dk, dv in _four_dimensional(*views, *keys.get(block), *key_grads):
+                if kind == "band":
+                    shares = self.kernel.backward_band(g, q, k, v, o, s, self.scale)
+                    _add_band((dq, dk, dv), shares)
+                    continue
                 g, q, o, s, k, v = _flip(reverse, g, q, o, s, k, v)
                 result = _flip(reverse, *self.kernel.backward(g, q, k, v, o, s, kind != "full", self.scale))
                 for total, share in zip((dq, dk, dv), result):

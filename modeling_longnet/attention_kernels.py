@@ -47,8 +47,15 @@ def _side_by_side(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.contiguous() for x in tensors) if tensors[0].shape[2] >= 128 else tensors
 
 
+def _band_mask(query: torch.Tensor) -> torch.Tensor:
+    """What a band adds to the scores of n queries, [n, 2 n - 1]: query i sees keys i to i + n - 1."""
+    n = query.shape[2]
+    sees = torch.ones(n, 2 * n - 1, dtype=torch.bool, device=query.device).triu_().tril_(n - 1)
+    return query.new_zeros(sees.shape).masked_fill_(~sees, -torch.inf)
+
+
 class CpuFlash:
-    """PyTorch's fused CPU kernel; it takes any strides."""
+    """PyTorch's fused CPU kernel; it takes any strides, and masks."""
 
     @staticmethod
     def forward(query, key, value, causal, scale):
@@ -56,10 +63,23 @@ class CpuFlash:
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
     @staticmethod
+    def forward_band(query, key, value, scale):
+        """n queries, 2 n - 1 keys, of which query i sees i to i + n - 1."""
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=_band_mask(query), scale=scale
+        )
+
+    @staticmethod
     def backward(grad, query, key, value, out, lse, causal, scale):
         query, key, value, grad, out = _side_by_side(query, key, value, grad, out)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, causal, scale=scale
+        )
+
+    @staticmethod
+    def backward_band(grad, query, key, value, out, lse, scale):
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=_band_mask(query), scale=scale
         )
 
 

@@ -19,7 +19,7 @@ Letters: H query heads, G key/value heads, w segment length, r dilation rate, s 
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .dilation_schedule import DilationSchedule, Heads
@@ -43,7 +43,8 @@ class Rows:
 @dataclass(frozen=True)
 class Region:
     """Queries against keys: `"full"`, `"causal"` (square, key index <= query index), `"reversed"` (square, key index >=
-    query index) or `"zeros"` (`keys.count` zero keys that exist only in the softmax)."""
+    query index), `"band"` (n queries, 2 n - 1 keys, query index <= key index < query index + n: of `plan_bands` alone)
+    or `"zeros"` (`keys.count` zero keys that exist only in the softmax)."""
 
     kind: str
     queries: Rows
@@ -305,4 +306,34 @@ def plan_blocks(
         for _, own, kv_heads in _head_groups(schedule, range(0), heads):
             for region in planner.sink_regions():
                 blocks.append(Block(SINKS, 0, own, kv_heads, region, 1, 0, False))
+    return tuple(blocks)
+
+
+# Tokens of the widest window that takes less time as one masked rectangle than as two triangles, on a CPU: forward 1.7
+# times less at 128, 1.4 at 256, backward 1.3 and 1.1; at 512 the backward takes longer.
+WIDEST_BAND = 256
+
+
+def _band(own: Block, before: Block) -> Block | None:
+    """A sliding window's causal square and the reversed one before it as one block, if that is what they are."""
+    square, triangle = own.region, before.region
+    start, count = square.queries.start, square.queries.count
+    alike = all(getattr(own, name) == getattr(before, name) for name in ("heads", "kv_heads", "repeats", "stride"))
+    if not alike or square.kind != "causal" or square.keys != square.queries or not 1 < count <= WIDEST_BAND:
+        return None
+    if triangle != Region("reversed", Rows(start, 1, count - 1), Rows(start - count + 1, 1, count - 1)):
+        return None
+    return replace(own, region=Region("band", square.queries, Rows(start - count + 1, 1, 2 * count - 1)))
+
+
+@lru_cache(maxsize=512)
+def plan_bands(*arguments) -> tuple[Block, ...]:
+    """`plan_blocks` (same arguments), short windows as bands."""
+    blocks = []
+    for block in plan_blocks(*arguments):
+        band = _band(blocks[-1], block) if blocks and block.region.kind == "reversed" else None
+        if band is None:
+            blocks.append(block)
+        else:
+            blocks[-1] = band
     return tuple(blocks)

@@ -18,6 +18,7 @@ MUTATORS = {
 # What modules may keep, and why nobody sees it from outside.
 ALLOWED = {
     "plan_blocks keeps results": "a pure function of numbers and a schedule",
+    "plan_bands keeps results": "a pure function of numbers and a schedule",
     "_head_groups keeps results": "a pure function of numbers and a schedule",
     "plan_token keeps results": "a pure function of numbers and a schedule",
     "read_layout_name keeps results": "a pure function of a text",
