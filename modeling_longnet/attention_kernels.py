@@ -44,7 +44,7 @@ class Kernel(Protocol):
 
 def _side_by_side(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows that many queries will read, gathered: measured 10 % faster than in place, at strides of some KB."""
-    return tuple(x.contiguous() for x in tensors) if tensors[0].shape[2] >= 128 else tensors
+    return tuple(x.contiguous() for x in tensors) if min(x.shape[2] for x in tensors[:2]) >= 128 else tensors
 
 
 def _band_mask(query: torch.Tensor) -> torch.Tensor:
