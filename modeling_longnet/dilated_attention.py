@@ -165,20 +165,21 @@ def _backward(
 
 
 # Opaque to torch.compile, which would otherwise unroll every block. The name holds the module's own: code loaded from
-# the Hub lives in a second module beside an installed package, and each registers its operators once.
-_NAMESPACE = "longnet_" + re.sub(r"\W", "_", __name__)
+# the Hub lives in a second module beside an installed package, and each registers its operators once. It holds
+# "flash_attn" too: by that TRL's selective checkpointing knows what it had better keep than compute again.
+NAMESPACE = "longnet_flash_attn_" + re.sub(r"\W", "_", __name__)
 _SETTINGS = (
     "Tensor? document_ids, Tensor? offset_tensor, SymInt query_offset, int[] heads, str schedule, float scale, "
     "str backend"
 )
 _forward_op = torch.library.custom_op(
-    f"{_NAMESPACE}::forward",
+    f"{NAMESPACE}::forward",
     _forward,
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_SETTINGS}) -> (Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
-    f"{_NAMESPACE}::backward",
+    f"{NAMESPACE}::backward",
     _backward,
     mutates_args=(),
     schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
