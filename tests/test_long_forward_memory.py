@@ -20,3 +20,13 @@ def test_memory_grows_linearly(tmp_path):
     assert 2 * short["working_mib"] < long["working_mib"] < 8 * short["working_mib"]
     assert long["working_mib"] < 1024
     assert output.with_suffix(".png").stat().st_size > 0
+
+
+def test_a_training_step_is_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "step.json"
+    preset = "configuration/longnet-demo-tiny.json"
+    long_forward_memory.main(["--train", preset, "--num-layers", "1", "--lengths", "512", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert result["of"] == "training step" and result["rows"][0]["working_mib"] > 0
+    assert output.with_suffix(".png").stat().st_size > 0
