@@ -65,12 +65,13 @@ class RowAttention:
         dtype = torch.promote_types(query.dtype, torch.float32)
         self.query, self.stretch, self.size = query.to(dtype), stretch, value.shape[1]
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
-        self.blocks, self.clamps = len(value), stretch.inv_freq is not None
+        self.blocks, self.clamps, self.seam = len(value), stretch.inv_freq is not None, slice(-1, None)
         if self.clamps:
             self.blocks //= 2
             far = reads >= self.blocks
             if bool((far[:, 1:] > far[:, :-1]).any()):  # an order of somebody else's
-                reads = reads.gather(-1, far.int().argsort(-1, descending=True, stable=True))
+                reads = reads.gather(-1, far.int().argsort(dim=-1, descending=True, stable=True))
+                self.seam = slice(None)  # anywhere
         self.reads, self.has_none = reads, bool((reads < 0).any())
         inner = torch.arange(self.size, dtype=torch.int32)
         first = (reads.clamp(min=0) if self.has_none else reads).int() * self.size
@@ -115,8 +116,8 @@ class RowAttention:
         t = (stretch.start + row % stretch.length)[:, None, None]
         if self.has_none:
             self.logits.masked_fill_((self.reads < 0)[..., None], -torch.inf)
-        seam = stretch.block_starts(self.reads[:, -1:].clamp(min=0) % self.blocks)[..., None] + inner
-        self.logits[:, -1:].masked_fill_(seam > t - schedule.window, -torch.inf)  # where the window begins
+        tokens = stretch.block_starts(self.reads[:, self.seam].clamp(min=0) % self.blocks)[..., None] + inner
+        self.logits[:, self.seam].masked_fill_(tokens > t - schedule.window, -torch.inf)  # where the window begins
         whole, rest = divmod(schedule.num_sink_tokens, size)
         if not rest and len(schedule.patterns) == 1:
             return

@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 
-from modeling_longnet import memory_attention
+from modeling_longnet import memory_attention, memory_search
 from modeling_longnet.dilated_attention import dilated_attention
 from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
 from modeling_longnet.memory_pieces import PieceAttention
 from modeling_longnet.memory_reference import memory_attention_reference
+from modeling_longnet.memory_rows import RowAttention
 from modeling_longnet.memory_search import Ranking, best_blocks
 from modeling_longnet.memory_spec import MemorySpec
 
@@ -148,6 +149,83 @@ def test_of_equal_blocks_the_newer_are_chosen_and_the_set_is_exact():
     call = make_call(make_schedule("blocks-of-4"), repeated, repeated)
     chosen = choose(call, repeated, repeated)
     assert as_sets(chosen)[0, 0, -1].tolist() == [12, 13]  # the window of query 59 begins at 56, extended from 56
+
+
+def flat_choice(ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """The definition: sorted by rank, the newer first among equals; then rising, -1 behind."""
+    last = ranks.shape[-1] - 1
+    order = last - ranks.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    order = torch.where(ranks.gather(-1, order) == -torch.inf, last + 1, order).sort(-1).values
+    order = torch.where(order > last, -1, order)
+    return torch.nn.functional.pad(order, (0, max(0, count - ranks.shape[-1])), value=-1)
+
+
+def adversarial_ranks(kind: str, n: int) -> torch.Tensor:
+    ranks = torch.randn(40, n)
+    if kind == "ties":
+        return torch.randint(-3, 4, (40, n)).float()
+    if kind == "all-equal":
+        return torch.full((40, n), -2.5)
+    if kind == "ties-at-the-threshold":  # and nowhere else
+        return ranks.where(ranks < ranks.quantile(0.98, dim=-1, keepdim=True), 9.0)
+    if kind == "few-finite":
+        return ranks.where(torch.rand(40, n) < 3 / n, -torch.inf)
+    if kind == "none":
+        return torch.full((40, n), -torch.inf)
+    if kind == "best-side-by-side":
+        ranks[:, n // 3 : n // 3 + n // 5] += 50
+    if kind == "best-in-one-group":  # of blocks that are looked at together
+        ranks[:, :: max(1, n // 16)] += 50
+    return ranks
+
+
+@pytest.mark.parametrize("threads", [memory_search.FEW_THREADS, 0])
+@pytest.mark.parametrize(
+    "kind",
+    ["random", "ties", "all-equal", "ties-at-the-threshold", "few-finite", "none", "best-side-by-side",
+     "best-in-one-group"],
+)  # fmt: skip
+def test_the_best_blocks_are_those_of_a_sort_whatever_the_ranks(kind, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(memory_search, "FEW_THREADS", threads)  # with NumPy, and without
+    for n, count in itertools.product((1, 2, 63, 64, 65, 66, 130, 517, 1024, 2051), (1, 4, 64)):
+        ranks = adversarial_ranks(kind, n)
+        assert torch.equal(best_blocks(ranks, count), flat_choice(ranks, count)), (n, count)
+        assert torch.equal(best_blocks(ranks[:0], count), flat_choice(ranks[:0], count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_texts_choice_is_exact_with_equal_keys_and_far_distances(dtype, monkeypatch):
+    """Small integers, of which float32 makes no error, so that many ranks are equal; in tiles and turned indices."""
+    memory = {"block_size": 4, "top_k": 8, "rank": "bound"}
+    schedule = DilationSchedule([16], [1], overlap="once", local="sliding", num_sink_tokens=4, memory=memory)
+    query = torch.randint(-2, 3, (2, 4, 1203, 8)).to(dtype)
+    key = torch.randint(-1, 2, (2, 2, 1203, 8)).to(dtype)
+    key[:, :, 400:800] = key[:, :, :400]
+    key[1, :, 900:] = 1
+    call = make_call(schedule, query, key)
+    chosen = choose(call, query, key)
+    wanted = naive(call, query.double(), key.double(), key.double())[2]
+    assert torch.equal(as_sets(chosen), as_sets(wanted))
+    assert torch.equal(chosen, torch.where(chosen < 0, 9999, chosen).sort(-1).values.where(chosen >= 0, -1))  # rising
+    monkeypatch.setattr(memory_search, "TILE_SIZE", 2**14)
+    monkeypatch.setattr(memory_search, "MANY_ROWS", 10**9)
+    assert torch.equal(choose(call, query, key), chosen)
+
+
+@pytest.mark.parametrize("name", ["clamped", "clamped-beside-dilated", "sinks-in-a-block"])
+def test_chosen_blocks_may_be_given_in_any_order(name, monkeypatch):
+    query, key, value = make_tensors(90)
+    call = make_call(make_schedule(name), query, key)
+    chosen = choose(call, query, key)
+    expected = attend_memory(call, query, key, value, chosen)[0]
+    weights = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    monkeypatch.setattr(RowAttention, "PAIRS", 50)  # in many stretches
+    actual = attend_memory(call, query, key, value, chosen.flip(-1))[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    again = torch.autograd.grad((actual * weights).sum(), (query, key, value))
+    torch.testing.assert_close(again, gradients, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", CASES)
