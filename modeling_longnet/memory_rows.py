@@ -115,7 +115,7 @@ class RowAttention:
         row, inner = torch.arange(len(self.reads)), torch.arange(size)
         t = (stretch.start + row % stretch.length)[:, None, None]
         if self.has_none:
-            part = slice(None) if bool((self.reads[:, :-1] < 0).any()) else slice(-1, None)  # mostly where windows begin
+            part = slice(None) if bool((self.reads[:, :-1] < 0).any()) else slice(-1, None)  # the latter mostly
             self.logits[:, part].masked_fill_((self.reads[:, part] < 0)[..., None], -torch.inf)
         tokens = stretch.block_starts(self.reads[:, self.seam].clamp(min=0) % self.blocks)[..., None] + inner
         self.logits[:, self.seam].masked_fill_(tokens > t - schedule.window, -torch.inf)  # where the window begins
