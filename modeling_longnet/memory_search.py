@@ -186,8 +186,9 @@ def best_blocks(ranks: torch.Tensor, count: int) -> torch.Tensor:
     """
     n = ranks.shape[-1]
     if n <= count:
-        chosen = torch.arange(n, device=ranks.device).expand(ranks.shape)
-        return torch.nn.functional.pad(_in_order(chosen, ranks), (0, count - n), value=NO_BLOCK)
+        chosen = torch.arange(n, device=ranks.device).masked_fill(ranks == -torch.inf, n)
+        return torch.nn.functional.pad(_in_order(chosen, n), (0, count - n), value=NO_BLOCK)
+    candidates, values = None, ranks
     group = 1 << int(math.log2(n / count) / 2)  # as many maxima as candidates, nearly
     if group >= 4 and n // group > count:
         # Blocks of a group lie far from each other, so that maxima are those of whole vectors.
@@ -198,27 +199,27 @@ def best_blocks(ranks: torch.Tensor, count: int) -> torch.Tensor:
         candidates = (groups[..., None, :] + steps).flatten(-2)
         rest = torch.arange(group * width, n, device=ranks.device)
         candidates = torch.cat([candidates, rest.expand(*candidates.shape[:-1], -1)], dim=-1)
-        chosen = candidates.gather(-1, _highest(ranks.gather(-1, candidates), count + 1))
-    else:
-        chosen = _highest(ranks, count + 1)
-    values = ranks.gather(-1, chosen)
+        values = ranks.gather(-1, candidates)
+    chosen = _highest(values, count + 1)
+    values = values.gather(-1, chosen)
+    if candidates is not None:
+        chosen = candidates.gather(-1, chosen)
     lowest, at = values.min(-1, keepdim=True)
     tied = ((values == lowest).sum(-1) > 1) & (lowest[..., 0] > -torch.inf)
+    chosen = chosen.masked_fill_(values == -torch.inf, n)
     chosen = chosen.scatter(-1, at, chosen[..., -1:])[..., :-1]
     if bool(tied.any()):
         chosen[tied] = _stable_best(ranks[tied], count)
-    return _in_order(chosen, ranks)
+    return _in_order(chosen, n)
 
 
-def _in_order(chosen: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
-    """Blocks, rising, NO_BLOCK behind them instead of those of rank -inf."""
-    behind = ranks.shape[-1]
-    chosen = chosen.masked_fill(ranks.gather(-1, chosen) == -torch.inf, behind)
+def _in_order(chosen: torch.Tensor, none: int) -> torch.Tensor:
+    """Blocks, rising, NO_BLOCK behind them instead of `none`, which is higher than all."""
     if np is not None and chosen.device.type == "cpu" and torch.get_num_threads() <= FEW_THREADS:
         chosen = torch.from_numpy(np.sort(chosen.numpy(), axis=-1))
     else:
         chosen = chosen.sort(-1).values
-    return chosen.masked_fill_(chosen == behind, NO_BLOCK)
+    return chosen.masked_fill_(chosen == none, NO_BLOCK)
 
 
 def choose_blocks(
