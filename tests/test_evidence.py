@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from examples.evidence import needles, positions, runtime
+from examples.evidence import adaptation, needles, positions, runtime
 from examples.evidence.reading import ask, read
 from examples.evidence.ruler_tasks import DEPTHS, Question, Tasks, largest, score
 from modeling_longnet import export_patched_model, load_patched_model, patch_model
@@ -274,7 +274,7 @@ def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
 def test_the_document_shows_the_tables_of_the_records():
     docs = Path(__file__).parents[1] / "docs"
     text, records = (docs / "evidence.md").read_text(), {}
-    for name in ("needles", "positions", "runtime"):
+    for name in ("needles", "positions", "runtime", "adaptation", "adaptation_gpu"):
         written = (docs / f"results/evidence_{name}.md").read_text()
         assert written in text
         records[name] = json.loads((docs / f"results/evidence_{name}.json").read_text()), written
@@ -284,3 +284,6 @@ def test_the_document_shows_the_tables_of_the_records():
     assert positions.table(found["summary"], found["costs"]) == written
     found, written = records["runtime"]
     assert runtime.table(found["rows"], budget=30) == written
+    for name in ("adaptation", "adaptation_gpu"):
+        found, written = records[name]
+        assert adaptation.table(found["summary"], found["settings"]["lengths"]) == written
