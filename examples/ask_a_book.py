@@ -3,9 +3,11 @@ model's window.
 
     python -m examples.ask_a_book --length 60000 --output-dir runs/ask-a-book
 
-The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), from which each question starts a
-cache of its own: questions do not see each other, and the text is read once, however often it is asked. Ctrl-C, or a
-crash, costs what was read since the last save; the same command goes on.
+The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), once, however often it is asked. A
+question is answered in two steps: the bank names the passages that the question is about, by the model's own attention,
+and the model reads these again, side by side, in front of the question. With `--passages 0` the question stands behind
+the whole text and the memory alone answers. Ctrl-C, or a crash, costs what was read since the last save; the same
+command goes on.
 """
 
 import argparse
@@ -21,12 +23,14 @@ from examples.measuring import peak_memory
 from examples.reporting import provenance, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
-from modeling_longnet import DilatedCache, MemoryBank, patch_model
+from modeling_longnet import DilatedCache, MemoryBank, Passage, patch_model
 from modeling_longnet.transformers_compat import named_cache
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
 QUESTION = "\n\nQuestion: What is the secret number of {name}?\nAnswer: The secret number of {name} is"
+NOTHING = "\n\nQuestion: What is this?\nAnswer: This is"
+GAP, AROUND = "\n...\n", 16  # between passages that are read again; tokens before and behind each
 NAMES = "Alice Bruno Clara Dmitri Elena Farid Greta Hugo Ingrid Jonas Karin Leon Marta Nadia Oscar Paula".split()
 
 
@@ -52,6 +56,16 @@ def ask(model: PreTrainedModel, cache: DilatedCache, question: list[int], new_to
     return answer
 
 
+def read_again(bank: MemoryBank, passages: list[Passage], gap: list[int]) -> list[int]:
+    """The passages' text, with a little of what is around them."""
+    text, last = [], 0
+    for passage in passages:
+        start = max(last, passage.start - AROUND)
+        last = min(len(bank), passage.stop + AROUND)
+        text += bank.input_ids[start:last].tolist() + gap
+    return text
+
+
 def main(arguments: list[str] | None = None) -> dict:
     """Reads, asks, prints; returns what the file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,6 +73,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--text", default="python-docs", help="a name known to texts.py, a file or a folder")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
+    parser.add_argument("--passages", type=int, default=8, help="to read again for a question; 0: ask the memory alone")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")
     options = parser.parse_args(arguments)
@@ -77,11 +92,15 @@ def main(arguments: list[str] | None = None) -> dict:
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{len(bank):,} tokens; {seconds:.0f} s of processor time in this call; {size / 2**20:.0f} MiB on disk")
     for name, number in tqdm(facts, unit="question"):
-        began = time.process_time()
-        answer = ask(model, bank.start_cache(model), encode(QUESTION.format(name=name)), 5)
+        began, question, cache, passages = time.process_time(), encode(QUESTION.format(name=name)), None, []
+        if options.passages:
+            passages = bank.find_passages(model, question, encode(NOTHING), count=options.passages)
+            question, cache = read_again(bank, passages, encode(GAP)) + question, DilatedCache(model.config)
+        answer = ask(model, cache or bank.start_cache(model), question, 5)
         answer = tokenizer.decode(answer).strip()
         right = answer.startswith(number)
         answers.append({"name": name, "number": number, "answer": answer, "right": right})
+        answers[-1]["passages"] = [passage.start for passage in passages]
         answers[-1]["seconds"] = round(time.process_time() - began, 2)
         tqdm.write(f"{name:8} {number}   {'right' if right else 'WRONG'}   {answer!r}")
     right = sum(answer["right"] for answer in answers)
@@ -89,9 +108,11 @@ def main(arguments: list[str] | None = None) -> dict:
     result = {
         "provenance": provenance(), "model": Path(path).name, "text": Path(options.text).name, "tokens": len(bank),
         "seconds to read, in the last call": round(seconds, 1), "bytes on disk": size, "memory": MEMORY,
-        "bytes in memory, reading": reading, "bytes in memory": peak_memory(), "right": right, "answers": answers,
+        "bytes in memory, reading": reading, "bytes in memory": peak_memory(), "passages": options.passages,
+        "right": right, "answers": answers,
     }  # fmt: skip
-    write_json(options.output_dir / f"{options.length}.json", result)
+    kind = "" if options.passages else "-memory-alone"
+    write_json(options.output_dir / f"{options.length}{kind}.json", result)
     return result
 
 

@@ -25,6 +25,7 @@ from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
 from .exporting import export_patched_model
 from .memory_bank import MemoryBank
+from .memory_passages import Passage
 from .model_card import make_model_card, upload_with_card
 from .modeling_longnet import (
     LongNetForCausalLM,
@@ -83,6 +84,7 @@ __all__ = [
     "LongViTForImageClassification",
     "LongViTModel",
     "MemoryBank",
+    "Passage",
     "__version__",
     "calibrate_memory",
     "dilated_attention",

@@ -32,6 +32,7 @@ class MemoryLayer(DilatedLayer):
         self.store: Store | None = None
         self.ranking: Ranking | None = None
         self.position_ids: torch.Tensor | None = None  # of the new tokens, [B, Q]; whoever attends may tell them before
+        self.watch: Callable[..., None] | None = None  # is told of each choice: (call, query, index, far_index)
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
@@ -91,7 +92,10 @@ class MemoryLayer(DilatedLayer):
 
     def _attend_rows(self, call: MemoryCall, row: slice, query, key, value, wants_grad: bool) -> torch.Tensor:
         """Rows alike, of which the store holds the new tokens [b, G, Q, D] already."""
-        chosen = choose_indexed(call, query, *(self.store.ranked(name, row) for name in ("index", "far")))
+        indices = [self.store.ranked(name, row) for name in ("index", "far")]
+        if self.watch is not None:
+            self.watch(call, query, *indices)
+        chosen = choose_indexed(call, query, *indices)
         end = call.start + query.shape[2]
         past = self.store.whole(row, end)
         if past is None and not wants_grad:

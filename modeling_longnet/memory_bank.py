@@ -33,6 +33,7 @@ from .dilated_cache_file import (
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import as_integer
 from .memory_pages import STATE_NAME, StoreFolder
+from .memory_passages import Passage, find_passages
 from .memory_store import BankedStore, RowFiles, make_store
 from .streaming import evaluating, interrupts_noted
 from .transformers_compat import named_cache
@@ -166,6 +167,21 @@ class MemoryBank:
     ) -> DilatedCache:
         """A cache whose rows all have read this bank: see `start_cache`."""
         return start_cache(model, [self] * batch_size, store=store, path=path)
+
+    def find_passages(
+        self, model: PreTrainedModel, question: Sequence[int], nothing: Sequence[int], *, count: int = 8, size: int = 64
+    ) -> list[Passage]:
+        """The `count` passages that a question is about most, in the order of the text, to be read again before it.
+
+        Args:
+            question: tokens [T] of the question, as it would stand behind the text. nothing: those of one about nothing
+                in particular ("Question: What is this? Answer: This is"), in the same form.
+            size: tokens of a passage, a multiple of the memory's `block_size`.
+
+        Raises:
+            ValueError: for arguments that are not that, or another model than the bank's.
+        """
+        return find_passages(model, self, question, nothing, count=count, size=size)
 
     def restore_layer(self, layer, index: int, device: torch.device) -> None:
         """Fills a layer without a memory with what it held at the end of the bank."""

@@ -218,3 +218,43 @@ def test_reading_leaves_each_module_in_its_mode(tmp_path):
     modes = [module.training for module in model.modules()]
     make_bank(model, tmp_path / "bank")
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+
+# Passages
+
+
+def recall_bank(path, at: int, length: int = 400):
+    """A bank of facts about names from 2 on, but for one fact about name 0 at a place; the model; the questions."""
+    model, pairs, questions = recall_model()
+    model = patch_model(model, [32], [1], memory={"block_size": 4, "top_k": 4})
+    generator = torch.Generator().manual_seed(at)
+    names, numbers = (torch.randint(*x, (length,), generator=generator) for x in ((2, len(pairs)), (0, pairs.shape[1])))
+    text = pairs[names, numbers]
+    text[at] = pairs[0, 3]
+    return MemoryBank.from_tokens(model, [text], path, chunk_size=64, progress=False), model, questions
+
+
+@pytest.mark.parametrize("at", [6, 150, 301])
+def test_the_passage_that_a_question_is_about_is_found(tmp_path, at):
+    bank, model, questions = recall_bank(tmp_path / "bank", at)
+    about, nothing = ([questions[i].item()] * 2 for i in (0, 1))
+    (best,) = bank.find_passages(model, about, nothing, count=1, size=16)
+    assert best.start <= at < best.stop == best.start + 16 and best.score > 1
+    several = bank.find_passages(model, torch.tensor(about), nothing, count=5, size=16)
+    assert best in several and [x.start for x in several] == sorted(x.start for x in several)
+    everything = bank.find_passages(model, about, about, count=100, size=64)
+    assert [(x.start, x.stop) for x in everything] == [(i, min(i + 64, 400)) for i in range(0, 400, 64)]
+    assert not any(x.score for x in everything)  # no question is about more than itself
+
+
+def test_passages_that_make_no_sense_are_refused(tmp_path):
+    bank, model, questions = recall_bank(tmp_path / "bank", 9)
+    about = [questions[0].item()] * 2
+    for word, question, options in (
+        ("question", about[:1], {}), ("question", [0.5, 1.5], {}), ("question", [about], {}),
+        ("count", about, {"count": 0}), ("size", about, {"size": 6}), ("size", about, {"size": 2}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{word}`"):
+            bank.find_passages(model, question, about, **options)
+    with pytest.raises(ValueError, match="another schedule"):
+        bank.find_passages(with_memory("alone"), about, about)

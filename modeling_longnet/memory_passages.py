@@ -1,0 +1,101 @@
+"""Which passages of a bank a question is about: those that the model looks at more than when it is asked nothing.
+
+Every question looks at some passages a lot: headings, first lines, whatever its heads rest on. So a question is
+compared with one about nothing, passage by passage, by the mass that the ranks of blocks would have in a softmax, added
+up over layers and heads:
+
+    score of a passage = log (mass of the question) - log (mass of the question about nothing)
+
+What is found is text, to be read again in front of the question and at close distance, where a model that was never
+trained on long texts can tell several facts apart. In the manner of RETRO's neighbours (arXiv 2112.04426) and LongMem's
+chunks (arXiv 2306.07174), but with the model's own queries and keys as the retriever; the comparison is ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .dilated_memory_layer import MemoryLayer
+from .dilation_schedule import DilationSchedule, as_integer
+from .memory_attention import MemoryCall
+from .memory_search import Index, hide_ineligible, rank_blocks
+from .streaming import evaluating
+from .transformers_compat import named_cache
+
+
+QUERIES = 32  # that are ranked at once
+LEAST = 0.01  # mass, in a passage, that counts as none
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens start .. stop - 1 of a bank; `score`: by how many nats more a question looks there."""
+
+    start: int
+    stop: int
+    score: float
+
+
+class _Masses:
+    """Adds up, over what layers tell it, the mass of each of a bank's blocks, on average over a question's tokens."""
+
+    def __init__(self, blocks: int):
+        self.total = torch.zeros(blocks, dtype=torch.float64)
+
+    def __call__(self, call: MemoryCall, query: torch.Tensor, index: Index, far_index: Index) -> None:
+        schedule, length = call.schedule, query.shape[2]
+        size, position = schedule.memory.block_size, call.positions(length, query.device)
+        far_index = far_index if call.clamps(length) else None
+        # A rank of "mean+bound" is two products of a query and a key.
+        scale = call.scale / (2 if schedule.memory.rank == "mean+bound" else 1)
+        for part, at in zip(query.split(QUERIES, dim=2), position.split(QUERIES)):
+            count = min(sum(x.shape[2] for x in index), schedule.local_start(int(at[-1])) // size)
+            if not count:
+                continue
+            ranks = rank_blocks(call.ranking, part, index, far_index, at, count)
+            hide_ineligible(ranks, schedule, schedule.local_start(at))
+            mass = (ranks.float() * scale).softmax(-1).nan_to_num().sum((0, 1, 2, 3))[: len(self.total)]
+            self.total[: len(mass)] += mass.double().cpu() / length
+
+
+def _mass(model: PreTrainedModel, bank, question: torch.Tensor) -> torch.Tensor:
+    """Of each block of the bank, [n], float64."""
+    cache = bank.start_cache(model)
+    layers = [layer for layer in cache.dilated_layers if isinstance(layer, MemoryLayer)]
+    masses = _Masses(len(bank) // cache.schedule.memory.block_size)
+    for layer in layers:
+        layer.watch = masses
+    with evaluating(model):
+        model.base_model(input_ids=question[None].to(model.device), use_cache=True, **named_cache(cache))
+    return masses.total
+
+
+def _as_question(name: str, tokens) -> torch.Tensor:
+    ids = torch.as_tensor(tokens)
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1 or len(ids) < 2:
+        raise ValueError(f"`{name}` must be at least two tokens in a row, got {ids.dtype} of shape {tuple(ids.shape)}.")
+    return ids.long()
+
+
+@torch.inference_mode()
+def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int = 8, size: int = 64) -> list[Passage]:
+    """See [`MemoryBank.find_passages`]."""
+    question, nothing = _as_question("question", question), _as_question("nothing", nothing)
+    bank.check(model)
+    block = DilationSchedule.from_config(model.config).memory.block_size
+    if as_integer(count) is None or count < 1:
+        raise ValueError(f"`count` must be an integer of at least 1, got {count!r}.")
+    if as_integer(size) is None or size < block or size % block:
+        raise ValueError(f"`size` must be a multiple of the memory's `block_size`, {block}, got {size!r}.")
+    scores = []
+    for ids in (question, nothing):
+        mass = _mass(model, bank, ids)
+        mass = torch.nn.functional.pad(mass, (0, -len(mass) % (size // block)))
+        scores.append((mass.view(-1, size // block).sum(1) + LEAST).log())
+    score = scores[0] - scores[1]
+    best = score.topk(min(count, len(score))).indices.sort().values.tolist()
+    return [Passage(i * size, min((i + 1) * size, len(bank)), round(score[i].item(), 3)) for i in best]
+
+
+__all__ = ["Passage", "find_passages"]
