@@ -216,7 +216,8 @@ def best_blocks(ranks: torch.Tensor, count: int) -> torch.Tensor:
 def _in_order(chosen: torch.Tensor, none: int) -> torch.Tensor:
     """Blocks, rising, NO_BLOCK behind them instead of `none`, which is higher than all."""
     if np is not None and chosen.device.type == "cpu" and torch.get_num_threads() <= FEW_THREADS:
-        chosen = torch.from_numpy(np.sort(chosen.numpy(), axis=-1))
+        chosen = chosen.clone()
+        chosen.numpy().sort(axis=-1)  # in place
     else:
         chosen = chosen.sort(-1).values
     return chosen.masked_fill_(chosen == none, NO_BLOCK)
