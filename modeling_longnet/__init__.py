@@ -15,11 +15,12 @@ from transformers import (
 )
 
 from ._version import __version__
+from .attention_module import DilatedAttention
 from .calibrating import calibrate_memory
 from .configuration_longnet import LongNetConfig
 from .configuration_longnet_slide_encoder import LongNetSlideEncoderConfig
 from .configuration_longvit import LongViTConfig
-from .dilated_attention import DilatedAttention, dilated_attention
+from .dilated_attention import dilated_attention
 from .dilated_attention_reference import dilated_attention_reference
 from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule

@@ -9,7 +9,8 @@ from operator_cases import random_case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling_longnet.dilated_attention import DilatedAttention, _forward_op, dilated_attention
+from modeling_longnet import DilatedAttention
+from modeling_longnet.dilated_attention import _forward_op, dilated_attention
 from modeling_longnet.dilated_attention_reference import dilated_attention_reference
 from modeling_longnet.dilation_schedule import DilationSchedule
 
