@@ -88,12 +88,13 @@ def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int
         raise ValueError(f"`count` must be an integer of at least 1, got {count!r}.")
     if as_integer(size) is None or size < block or size % block:
         raise ValueError(f"`size` must be a multiple of the memory's `block_size`, {block}, got {size!r}.")
-    scores = []
-    for ids in (question, nothing):
-        mass = _mass(model, bank, ids)
-        mass = torch.nn.functional.pad(mass, (0, -len(mass) % (size // block)))
-        scores.append((mass.view(-1, size // block).sum(1) + LEAST).log())
-    score = scores[0] - scores[1]
+    known = tuple(nothing.tolist())
+    if known not in bank.masses:
+        bank.masses[known] = _mass(model, bank, nothing)
+    masses = torch.stack([_mass(model, bank, question), bank.masses[known]])
+    masses = torch.nn.functional.pad(masses, (0, -masses.shape[1] % (size // block)))
+    about, beside = (masses.unflatten(1, (-1, size // block)).sum(-1) + LEAST).log()
+    score = about - beside
     best = score.topk(min(count, len(score))).indices.sort().values.tolist()
     return [Passage(i * size, min((i + 1) * size, len(bank)), round(score[i].item(), 3)) for i in best]
 

@@ -159,8 +159,9 @@ def draw(result: dict, path: Path) -> None:
     for i, form in enumerate(result["costs"]):
         if "ratio" in rows[0][form]:
             ratios = [row[form]["ratio"] for row in rows]
-            spread = [[row[form]["ratio"] - row[form]["low"] for row in rows],
-                      [row[form]["high"] - row[form]["ratio"] for row in rows]]  # fmt: skip
+            # Of a single window the three are one number, but for rounding.
+            spread = [[max(0.0, row[form]["ratio"] - row[form]["low"]) for row in rows],
+                      [max(0.0, row[form]["high"] - row[form]["ratio"]) for row in rows]]  # fmt: skip
             shifted = [middle * 1.03 ** (i - 1) for middle in middles]
             quality.errorbar(shifted, ratios, yerr=spread, marker="o", capsize=3, color=f"C{i}", label=form)
         windows = [record["chunks"] for record in result["records"] if record["variant"] == form]
