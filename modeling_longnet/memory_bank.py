@@ -53,7 +53,7 @@ class MemoryBank:
         self.input_ids = tensors["extra.input_ids"].long()
         self.document_starts = tensors["extra.document_starts"].tolist()
         self._rows: dict[tuple[int, torch.device], RowFiles] = {}
-        self.masses: dict[tuple[int, ...], torch.Tensor] = {}  # what questions about nothing look at (memory_passages.py)
+        self.masses: dict[tuple[int, ...], torch.Tensor] = {}  # of questions about nothing: see memory_passages.py
 
     def __len__(self) -> int:
         """Tokens."""
