@@ -4,8 +4,9 @@ model's window.
     python -m examples.ask_a_book --length 60000 --output-dir runs/ask-a-book
 
 The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), once, however often it is asked. A
-question is answered in two steps: the bank names the passages that the question is about, by the model's own attention,
-and the model reads these again, side by side, in front of the question. With `--passages 0` the question stands behind
+question is answered in three steps: the bank names the passages that the question is about, by the model's own
+attention; the model reads the question behind each of them, and the likeliest are read again in front of the question,
+the best one last. With `--passages 0` the question stands behind
 the whole text and the memory alone answers. Ctrl-C, or a crash, costs what was read since the last save; the same
 command goes on.
 """
@@ -31,6 +32,7 @@ MEMORY = {"block_size": 4, "top_k": 64}
 QUESTION = "\n\nQuestion: What is the secret number of {name}?\nAnswer: The secret number of {name} is"
 NOTHING = "\n\nQuestion: What is this?\nAnswer: This is"
 GAP, AROUND = "\n...\n", 16  # between passages that are read again; tokens before and behind each
+CANDIDATES = 32  # passages that are found, of which a few are read again
 NAMES = "Alice Bruno Clara Dmitri Elena Farid Greta Hugo Ingrid Jonas Karin Leon Marta Nadia Oscar Paula".split()
 
 
@@ -57,13 +59,9 @@ def ask(model: PreTrainedModel, cache: DilatedCache, question: list[int], new_to
 
 
 def read_again(bank: MemoryBank, passages: list[Passage], gap: list[int]) -> list[int]:
-    """The passages' text, with a little of what is around them."""
-    text, last = [], 0
-    for passage in passages:
-        start = max(last, passage.start - AROUND)
-        last = min(len(bank), passage.stop + AROUND)
-        text += bank.input_ids[start:last].tolist() + gap
-    return text
+    """The passages' text, with a little of what is around each."""
+    pieces = (bank.input_ids[max(0, x.start - AROUND) : x.stop + AROUND].tolist() for x in passages)
+    return [token for piece in pieces for token in piece + gap]
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -73,7 +71,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--text", default="python-docs", help="a name known to texts.py, a file or a folder")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
-    parser.add_argument("--passages", type=int, default=8, help="to read again for a question; 0: ask the memory alone")
+    parser.add_argument("--passages", type=int, default=4, help="to read again for a question; 0: ask the memory alone")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")
     options = parser.parse_args(arguments)
@@ -94,7 +92,9 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, number in tqdm(facts, unit="question"):
         began, question, cache, passages = time.process_time(), encode(QUESTION.format(name=name)), None, []
         if options.passages:
-            passages = bank.find_passages(model, question, encode(NOTHING), count=options.passages)
+            found = bank.find_passages(model, question, encode(NOTHING), count=CANDIDATES)
+            ranked = bank.rank_passages(model, found, question, around=AROUND)
+            passages = ranked[: options.passages][::-1]
             question, cache = read_again(bank, passages, encode(GAP)) + question, DilatedCache(model.config)
         answer = ask(model, cache or bank.start_cache(model), question, 5)
         answer = tokenizer.decode(answer).strip()

@@ -8,10 +8,12 @@ up over layers and heads:
 
 What is found is text, to be read again in front of the question and at close distance, where a model that was never
 trained on long texts can tell several facts apart. In the manner of RETRO's neighbours (arXiv 2112.04426) and LongMem's
-chunks (arXiv 2306.07174), but with the model's own queries and keys as the retriever; the comparison is ours.
+chunks (arXiv 2306.07174), but with the model's own queries and keys as the retriever; the comparison is ours. Many
+passages found so are then ranked by how likely the question is behind each (arXiv 2204.07496).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -30,7 +32,8 @@ LEAST = 0.01  # mass, in a passage, that counts as none
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens start .. stop - 1 of a bank; `score`: by how many nats more a question looks there."""
+    """Tokens start .. stop - 1 of a bank; `score`: by how many nats more a question looks there, or its log-likelihood
+    behind them."""
 
     start: int
     stop: int
@@ -99,4 +102,20 @@ def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int
     return [Passage(i * size, min((i + 1) * size, len(bank)), round(score[i].item(), 3)) for i in best]
 
 
-__all__ = ["Passage", "find_passages"]
+@torch.inference_mode()
+def rank_passages(model: PreTrainedModel, bank, passages: Sequence[Passage], question, *, around: int) -> list[Passage]:
+    """See [`MemoryBank.rank_passages`]."""
+    question, ranked = _as_question("question", question), []
+    if as_integer(around) is None or around < 0:
+        raise ValueError(f"`around` must be an integer of at least 0, got {around!r}.")
+    with evaluating(model):
+        for passage in passages:
+            text = bank.input_ids[max(0, passage.start - around) : passage.stop + around]
+            ids = torch.cat([text, question])[None].to(model.device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(question) + 1).logits[0, :-1]
+            told = logits.float().log_softmax(-1).gather(-1, ids[0, -len(question) :, None])
+            ranked.append(replace(passage, score=round(told.sum().item(), 3)))
+    return sorted(ranked, key=lambda passage: passage.score, reverse=True)
+
+
+__all__ = ["Passage", "find_passages", "rank_passages"]

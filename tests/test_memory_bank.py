@@ -247,6 +247,19 @@ def test_the_passage_that_a_question_is_about_is_found(tmp_path, at):
     assert not any(x.score for x in everything)  # no question is about more than itself
 
 
+def test_passages_are_ranked_by_the_likelihood_of_the_question_behind_them(tmp_path):
+    model, ids, question = with_memory("alone"), tokens(90)[0], tokens(9)[0]
+    bank = MemoryBank.from_tokens(model, [ids], tmp_path / "bank", chunk_size=32, progress=False)
+    passages = bank.find_passages(model, question, tokens(8)[0], count=3, size=16)
+    ranked = bank.rank_passages(model, passages, question, around=4)
+    assert {x.start for x in ranked} == {x.start for x in passages}
+    assert [x.score for x in ranked] == sorted((x.score for x in ranked), reverse=True)
+    best = ranked[0]
+    text = torch.cat([ids[max(0, best.start - 4) : best.stop + 4], question])[None]
+    told = logits(model, text)[0, -len(question) - 1 : -1].log_softmax(-1).gather(-1, question[:, None]).sum()
+    assert best.score == pytest.approx(told.item(), abs=2e-3)
+
+
 def test_passages_that_make_no_sense_are_refused(tmp_path):
     bank, model, questions = recall_bank(tmp_path / "bank", 9)
     about = [questions[0].item()] * 2
@@ -256,5 +269,7 @@ def test_passages_that_make_no_sense_are_refused(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{word}`"):
             bank.find_passages(model, question, about, **options)
+    with pytest.raises(ValueError, match="`around`"):
+        bank.rank_passages(model, [], about, around=-1)
     with pytest.raises(ValueError, match="another schedule"):
         bank.find_passages(with_memory("alone"), about, about)

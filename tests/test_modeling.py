@@ -601,7 +601,7 @@ def test_compiled_equals_plain():
 
 def test_public_names_are_frozen():
     assert set(modeling_longnet.__all__) == {
-        "DilatedAttention", "DilatedCache", "DilationSchedule", "LongNetConfig", "LongNetForCausalLM",
+        "DilatedAttention", "DilatedCache", "DilationSchedule", "LongNetConfig", "LongNetForCausalLM", "Passage",
         "LongNetForMaskedLM", "LongNetForQuestionAnswering", "LongNetForSequenceClassification",
         "LongNetForTokenClassification", "LongNetModel", "LongNetPreTrainedModel", "LongNetSlideEncoderConfig",
         "LongNetSlideEncoderForImageClassification", "LongNetSlideEncoderModel", "LongViTConfig",
