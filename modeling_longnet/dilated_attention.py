@@ -312,6 +312,7 @@ def scheduled_attention(
     _check_tensors(query, key, value, document_ids, query_offset, dropout)
     heads = Heads.of(query, key) if heads is None else heads
     is_free = backend is None and schedule.memory is None and elsewhere is None and isinstance(query_offset, int)
+    is_free &= not torch.compiler.is_compiling()  # what a GPU is cannot be asked within a graph
     backend = choose_backend(backend, query, dropout)
     if is_free and backend == "sdpa" and HAS_TRITON and is_faster(query, key, schedule, heads):
         backend = "triton"
