@@ -6,9 +6,8 @@ model's window.
 The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), once, however often it is asked. A
 question is answered in three steps: the bank names the passages that the question is about, by the model's own
 attention; the model reads the question behind each of them, and the likeliest are read again in front of the question,
-the best one last. With `--passages 0` the question stands behind
-the whole text and the memory alone answers. Ctrl-C, or a crash, costs what was read since the last save; the same
-command goes on.
+the best one last. With `--passages 0` the question stands behind the whole text and the memory alone answers. Ctrl-C,
+or a crash, costs what was read since the last save; the same command goes on.
 """
 
 import argparse
@@ -60,8 +59,7 @@ def ask(model: PreTrainedModel, cache: DilatedCache, question: list[int], new_to
 
 def read_again(bank: MemoryBank, passages: list[Passage], gap: list[int]) -> list[int]:
     """The passages' text, with a little of what is around each."""
-    pieces = (bank.input_ids[max(0, x.start - AROUND) : x.stop + AROUND].tolist() for x in passages)
-    return [token for piece in pieces for token in piece + gap]
+    return [token for passage in passages for token in passage.cut(bank.input_ids, AROUND).tolist() + gap]
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -120,10 +120,7 @@ def prepare_token(
     _check_types(query, key, value, document_ids, query_offset, scale, 0.0)
     query_offset = key.shape[2] - 1 if query_offset is None else int(query_offset)
     _check_tensors(query, key, value, document_ids, query_offset, 0.0)
-    is_free = backend is None and HAS_TRITON
     backend = choose_backend(backend, query, 0.0)
-    if is_free and backend == "sdpa" and is_faster(query, key, schedule, heads):
-        return None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend in ("eager", "triton") or schedule.memory is not None or schedule.padding != "mask" or scale <= 0:
         return None

@@ -39,6 +39,10 @@ class Passage:
     stop: int
     score: float
 
+    def cut(self, input_ids: torch.Tensor, around: int) -> torch.Tensor:
+        """Its tokens out of a bank's `input_ids` [N], with up to `around` more on each side."""
+        return input_ids[max(0, self.start - around) : self.stop + around]
+
 
 class _Masses:
     """Adds up, over what layers tell it, the mass of each of a bank's blocks, on average over a question's tokens."""
@@ -110,8 +114,7 @@ def rank_passages(model: PreTrainedModel, bank, passages: Sequence[Passage], que
         raise ValueError(f"`around` must be an integer of at least 0, got {around!r}.")
     with evaluating(model):
         for passage in passages:
-            text = bank.input_ids[max(0, passage.start - around) : passage.stop + around]
-            ids = torch.cat([text, question])[None].to(model.device)
+            ids = torch.cat([passage.cut(bank.input_ids, around), question])[None].to(model.device)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(question) + 1).logits[0, :-1]
             told = logits.float().log_softmax(-1).gather(-1, ids[0, -len(question) :, None])
             ranked.append(replace(passage, score=round(told.sum().item(), 3)))
