@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
     parser.add_argument("--passages", type=int, default=4, help="to read again for a question; 0: ask the memory alone")
     parser.add_argument("--chunk-size", type=int, default=512)
+    parser.add_argument("--reach", type=int, help="tokens before a chunk to choose among while reading; default: all")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")
     options = parser.parse_args(arguments)
     path = options.model or str(smollm2_135m())
@@ -82,13 +83,14 @@ def main(arguments: list[str] | None = None) -> dict:
     patch_model(model, segment_lengths=[512], dilation_rates=[1], memory=MEMORY)
     book = encode(load_text(options.text)[: options.length * 8])[: options.length]
     text, facts = plant(book, encode, options.questions)
-    folder, began = options.output_dir / str(options.length), time.process_time()
-    bank = MemoryBank.from_tokens(model, [text], folder, chunk_size=options.chunk_size)
+    name = str(options.length) + (f"-reach-{options.reach}" if options.reach else "")
+    folder, began = options.output_dir / name, time.process_time()
+    bank = MemoryBank.from_tokens(model, [text], folder, chunk_size=options.chunk_size, reach=options.reach)
     seconds, reading, answers = time.process_time() - began, peak_memory(), []
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{len(bank):,} tokens; {seconds:.0f} s of processor time in this call; {size / 2**20:.0f} MiB on disk")
-    for name, number in tqdm(facts, unit="question"):
-        began, question, cache, passages = time.process_time(), encode(QUESTION.format(name=name)), None, []
+    for person, number in tqdm(facts, unit="question"):
+        began, question, cache, passages = time.process_time(), encode(QUESTION.format(name=person)), None, []
         if options.passages:
             found = bank.find_passages(model, question, encode(NOTHING), count=CANDIDATES)
             ranked = bank.rank_passages(model, found, question, around=AROUND)
@@ -97,20 +99,20 @@ def main(arguments: list[str] | None = None) -> dict:
         answer = ask(model, cache or bank.start_cache(model), question, 5)
         answer = tokenizer.decode(answer).strip()
         right = answer.startswith(number)
-        answers.append({"name": name, "number": number, "answer": answer, "right": right})
+        answers.append({"name": person, "number": number, "answer": answer, "right": right})
         answers[-1]["passages"] = [passage.start for passage in passages]
         answers[-1]["seconds"] = round(time.process_time() - began, 2)
-        tqdm.write(f"{name:8} {number}   {'right' if right else 'WRONG'}   {answer!r}")
+        tqdm.write(f"{person:8} {number}   {'right' if right else 'WRONG'}   {answer!r}")
     right = sum(answer["right"] for answer in answers)
     print(f"{right} of {len(answers)} right")
     result = {
         "provenance": provenance(), "model": Path(path).name, "text": Path(options.text).name, "tokens": len(bank),
         "seconds to read, in the last call": round(seconds, 1), "bytes on disk": size, "memory": MEMORY,
-        "bytes in memory, reading": reading, "bytes in memory": peak_memory(), "passages": options.passages,
-        "right": right, "answers": answers,
+        "reach": options.reach, "bytes in memory, reading": reading, "bytes in memory": peak_memory(),
+        "passages": options.passages, "right": right, "answers": answers,
     }  # fmt: skip
     kind = "" if options.passages else "-memory-alone"
-    write_json(options.output_dir / f"{options.length}{kind}.json", result)
+    write_json(options.output_dir / f"{name}{kind}.json", result)
     return result
 
 

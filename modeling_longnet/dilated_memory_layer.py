@@ -33,6 +33,7 @@ class MemoryLayer(DilatedLayer):
         self.ranking: Ranking | None = None
         self.position_ids: torch.Tensor | None = None  # of the new tokens, [B, Q]; whoever attends may tell them before
         self.watch: Callable[..., None] | None = None  # is told of each choice: (call, query, index, far_index)
+        self.reach: int | None = None  # tokens before a chunk among which it chooses; None for all
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
@@ -50,7 +51,7 @@ class MemoryLayer(DilatedLayer):
         self.is_initialized = True
 
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
-        if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint:
+        if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint or self.reach is not None:
             return self._attend_chunk(step, query, key, value, scale, None)
         self._prepare()
         query, key = self._anchor(step, query, key)
@@ -95,7 +96,8 @@ class MemoryLayer(DilatedLayer):
         indices = [self.store.ranked(name, row) for name in ("index", "far")]
         if self.watch is not None:
             self.watch(call, query, *indices)
-        chosen = choose_indexed(call, query, *indices)
+        oldest = 0 if self.reach is None else max(0, call.start - self.reach) // self.schedule.memory.block_size
+        chosen = choose_indexed(call, query, *indices, oldest)
         end = call.start + query.shape[2]
         past = self.store.whole(row, end)
         if past is None and not wants_grad:

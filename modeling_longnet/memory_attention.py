@@ -213,9 +213,13 @@ def choose(call: MemoryCall, query: torch.Tensor, key: torch.Tensor) -> torch.Te
 
 
 @torch.no_grad()
-def choose_indexed(call: MemoryCall, query: torch.Tensor, index: Index, far_index: Index) -> torch.Tensor:
-    """The same of the blocks that an index tells of, and, for those at a clamped distance, a second one."""
-    return choose_blocks(call.ranking, query, index, far_index if call.clamps(query.shape[2]) else None, call.start)
+def choose_indexed(
+    call: MemoryCall, query: torch.Tensor, index: Index, far_index: Index, oldest: int = 0
+) -> torch.Tensor:
+    """The same of the blocks, from `oldest` on, that an index tells of, and, for those at a clamped distance, a second
+    one."""
+    far_index = far_index if call.clamps(query.shape[2]) else None
+    return choose_blocks(call.ranking, query, index, far_index, call.start, oldest)
 
 
 @torch.no_grad()

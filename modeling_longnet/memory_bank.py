@@ -31,7 +31,7 @@ from .dilated_cache_file import (
     save_cache,
 )
 from .dilated_memory_layer import MemoryLayer
-from .dilation_schedule import as_integer
+from .dilation_schedule import DilationSchedule, as_integer
 from .memory_pages import STATE_NAME, StoreFolder
 from .memory_passages import Passage, find_passages, rank_passages
 from .memory_store import BankedStore, RowFiles, make_store
@@ -87,6 +87,7 @@ class MemoryBank:
         path: str | Path,
         *,
         chunk_size: int = 1024,
+        reach: int | None = None,
         save_every: int = 16,
         progress: bool = True,
     ) -> "MemoryBank":
@@ -97,9 +98,13 @@ class MemoryBank:
                 first one gets its special tokens.
             path: a folder. What was read stands there every `save_every` chunks and after Ctrl-C.
             chunk_size: tokens that are read at once.
+            reach: while it reads, a chunk chooses among the blocks of so many tokens before it, and a token costs the
+                same however long the text; whoever asks the bank chooses among all. None: among all, and the bank is
+                the same text in the context. At least the schedule's window.
 
         Raises:
-            ValueError: no document, a model without a memory, a folder that holds another text or another model's.
+            ValueError: no document, a model without a memory, a folder that holds another text or another model's, or
+                was read with another `reach`.
             KeyboardInterrupt: after what was read has been saved.
         """
         if isinstance(documents, str) or not documents or not all(isinstance(x, str) for x in documents):
@@ -108,7 +113,9 @@ class MemoryBank:
         for number, document in enumerate(documents):
             text = document + (SEPARATOR if number + 1 < len(documents) else "")
             pieces.append(tokenizer(text, add_special_tokens=number == 0, verbose=False)["input_ids"])
-        return cls.from_tokens(model, pieces, path, chunk_size=chunk_size, save_every=save_every, progress=progress)
+        return cls.from_tokens(
+            model, pieces, path, chunk_size=chunk_size, reach=reach, save_every=save_every, progress=progress
+        )
 
     @classmethod
     def from_tokens(
@@ -118,6 +125,7 @@ class MemoryBank:
         path: str | Path,
         *,
         chunk_size: int = 1024,
+        reach: int | None = None,
         save_every: int = 16,
         progress: bool = True,
     ) -> "MemoryBank":
@@ -137,11 +145,16 @@ class MemoryBank:
             "input_ids": ids.int(),
             "document_starts": torch.tensor(starts),
         }
+        if reach is not None:
+            text["reach"] = torch.tensor(_check_reach(reach, model))
         bank = _read_before(text, path)
         if bank is not None:
             bank.check(model)
             return bank
         cache = _begin(model, text, path)
+        for layer in cache.dilated_layers if reach is not None else ():
+            if isinstance(layer, MemoryLayer):
+                layer.reach = reach
         try:
             _read(model, cache, text, path, chunk_size, save_every, progress)
         finally:
@@ -200,6 +213,15 @@ class MemoryBank:
         restore_layer(self.folder.state_path, layer, index, self._tensors, device)
 
 
+def _check_reach(reach: object, model: PreTrainedModel) -> int:
+    schedule = DilationSchedule.from_config(model.config)
+    if as_integer(reach) is None or reach < schedule.window:
+        raise ValueError(
+            f"`reach` must be None or an integer of at least the schedule's window, {schedule.window}, got {reach!r}."
+        )
+    return as_integer(reach)
+
+
 def _is_text(extra: dict[str, torch.Tensor], text: dict[str, torch.Tensor]) -> bool:
     return set(extra) == set(text) and all(torch.equal(extra[name], x) for name, x in text.items())
 
@@ -224,7 +246,10 @@ def _begin(model: PreTrainedModel, text: dict[str, torch.Tensor], path: str | Pa
     cache, extra = load_cache(path, model)
     if not _is_text(extra, text):
         cache.close()
-        raise ValueError(f"`path`: {path} holds another text than `documents`, or no bank. Delete it first.")
+        raise ValueError(
+            f"`path`: {path} holds another text than `documents`, was read with another `reach`, or is no bank. Delete "
+            "it first."
+        )
     return cache
 
 

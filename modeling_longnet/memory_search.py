@@ -138,6 +138,10 @@ class Ranking:
         return out
 
 
+def _count(index: Index) -> int:
+    return sum(part.shape[2] for part in index)
+
+
 def _some_blocks(index: Index, begin: int, end: int) -> list[torch.Tensor]:
     parts = []
     for part in index:
@@ -229,6 +233,7 @@ def choose_blocks(
     index: Index,
     far_index: Index | None,
     query_start: int,
+    oldest: int = 0,
 ) -> torch.Tensor:
     """The blocks that queries at positions query_start, query_start + 1, ... read, rising, -1 behind them for none:
     int64 [B, H, Q, top_k].
@@ -236,34 +241,40 @@ def choose_blocks(
     Args:
         query: [B, H, Q, D]. index: of all blocks that may be eligible. far_index: the same for those at a clamped
             distance, or None where no query has any.
+        oldest: the first block that may be chosen.
     """
     schedule, memory = ranking.schedule, ranking.schedule.memory
     (batch, heads, length, _), size = query.shape, memory.block_size
-    blocks = sum(part.shape[2] for part in index)
-    first = schedule.num_sink_tokens // size  # blocks before it are sink tokens and nothing else
+    if oldest:
+        index, far_index = (x and tuple(_some_blocks(x, oldest, _count(x))) for x in (index, far_index))
+    blocks = _count(index)
+    first = schedule.num_sink_tokens // size - oldest  # blocks before it are sink tokens and nothing else
     chosen = torch.full((batch, heads, length, memory.top_k), NO_BLOCK, dtype=torch.long, device=query.device)
     tile = max(1, TILE_SIZE // max(1, batch * heads * blocks))
     if query.device.type == "cpu" and batch * heads * length >= MANY_ROWS:
         index, far_index = (x and tuple(part.mT.contiguous().mT for part in x) for x in (index, far_index))
     for begin in range(0, length, tile):
         end = min(begin + tile, length)
-        low, stop = (min(blocks, schedule.local_start(query_start + i) // size) for i in (begin, end - 1))
-        if stop <= first:
+        low, stop = (min(blocks, schedule.local_start(query_start + i) // size - oldest) for i in (begin, end - 1))
+        if stop <= max(0, first):
             continue
         position = torch.arange(query_start + begin, query_start + end, device=query.device)
-        ranks = rank_blocks(ranking, query[:, :, begin:end], index, far_index, position, stop)
-        hide_ineligible(ranks, schedule, schedule.local_start(position), low)
+        ranks = rank_blocks(ranking, query[:, :, begin:end], index, far_index, position, stop, oldest=oldest)
+        hide_ineligible(ranks, schedule, schedule.local_start(position), low, oldest)
         chosen[:, :, begin:end] = best_blocks(ranks, memory.top_k).flatten(1, 2)
-    return chosen
+    return chosen if not oldest else torch.where(chosen >= 0, chosen + oldest, chosen)
 
 
-def hide_ineligible(ranks: torch.Tensor, schedule: DilationSchedule, start: torch.Tensor, settled: int = 0) -> None:
-    """Sets ranks [..., T, n] to -inf, in place, of blocks that are nothing but sink tokens, and of those that do not
-    end before the window begins, at `start` [..., T]; the first `settled` blocks end before all of these."""
+def hide_ineligible(
+    ranks: torch.Tensor, schedule: DilationSchedule, start: torch.Tensor, settled: int = 0, oldest: int = 0
+) -> None:
+    """Sets ranks [..., T, n] of blocks from `oldest` on to -inf, in place: of those that are but sink tokens, and of
+    those that do not end before the window begins, at `start` [..., T]; the first `settled` end before all of these.
+    """
     size, count = schedule.memory.block_size, ranks.shape[-1]
-    ranks[..., : schedule.num_sink_tokens // size] = -torch.inf
+    ranks[..., : max(0, schedule.num_sink_tokens // size - oldest)] = -torch.inf
     if settled < count:
-        ends = (torch.arange(settled, count, device=ranks.device) + 1) * size
+        ends = (torch.arange(settled, count, device=ranks.device) + oldest + 1) * size
         ranks[..., settled:].masked_fill_(ends > start[..., None], -torch.inf)
 
 
@@ -275,9 +286,10 @@ def rank_blocks(
     position: torch.Tensor,
     count: int,
     far_query: torch.Tensor | None = None,
+    oldest: int = 0,
 ) -> torch.Tensor:
-    """The ranks [B, G, H / G, T, n] of the first n = `count` blocks for queries [B, H, T, D]; arguments as of
-    `choose_blocks`.
+    """The ranks [B, G, H / G, T, n] of the first n = `count` blocks of an index, of which the first is block `oldest`,
+    for queries [B, H, T, D]; arguments as of `choose_blocks`.
 
     position: of the queries, [T] or [B, 1, 1, T]. Of blocks on one side of `max_distance` for all queries only that
     side's ranks are computed. far_query: the queries, turned, if they are at hand.
@@ -285,7 +297,7 @@ def rank_blocks(
     memory = ranking.schedule.memory
     if far_index is None:
         return ranking.ranks(query, index, 0, count)
-    reaches = ((int(x) - memory.max_distance - 1) // memory.block_size + 1 for x in position.aminmax())
+    reaches = ((int(x) - memory.max_distance - 1) // memory.block_size + 1 - oldest for x in position.aminmax())
     low, reach = (min(count, max(0, x)) for x in reaches)  # blocks that are far for all queries, and for any
     if not reach:
         return ranking.ranks(query, index, 0, count)
@@ -300,7 +312,7 @@ def rank_blocks(
         ranking.ranks(far_query, far_index, 0, low, far=True, out=ranks[..., :low])
     if low < reach:
         far = ranking.ranks(far_query, far_index, low, reach, far=True)
-        start = torch.arange(low, reach, device=ranks.device) * memory.block_size
+        start = (torch.arange(low, reach, device=ranks.device) + oldest) * memory.block_size
         is_far = position[..., None] - start > memory.max_distance
         ranks[..., low:reach] = torch.where(is_far, far, ranks[..., low:reach])
     return ranks

@@ -12,7 +12,7 @@ from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
 from modeling_longnet.memory_pieces import PieceAttention
 from modeling_longnet.memory_reference import memory_attention_reference
 from modeling_longnet.memory_rows import RowAttention
-from modeling_longnet.memory_search import Ranking, best_blocks
+from modeling_longnet.memory_search import Ranking, best_blocks, choose_blocks, hide_ineligible, rank_blocks
 from modeling_longnet.memory_spec import MemorySpec
 
 
@@ -211,6 +211,20 @@ def test_a_long_texts_choice_is_exact_with_equal_keys_and_far_distances(dtype, m
     monkeypatch.setattr(memory_search, "TILE_SIZE", 2**14)
     monkeypatch.setattr(memory_search, "MANY_ROWS", 10**9)
     assert torch.equal(choose(call, query, key), chosen)
+
+
+@pytest.mark.parametrize("oldest", [0, 1, 5, 11, 14])
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_from_the_oldest_on_are_chosen_as_if_those_before_had_no_rank(name, oldest):
+    query, key, _ = make_tensors(75, queries=12)
+    schedule, ranking = make_schedule(name), Ranking(make_schedule(name), INV_FREQ)
+    size, position = schedule.memory.block_size, torch.arange(63, 75)
+    index, far = (ranking.index(key),), (ranking.far_index(key),) if "clamped" in name else None
+    ranks = rank_blocks(ranking, query, index, far, position, 75 // size)
+    hide_ineligible(ranks, schedule, schedule.local_start(position))
+    ranks[..., :oldest] = -torch.inf
+    wanted = flat_choice(ranks, schedule.memory.top_k).flatten(1, 2)
+    assert torch.equal(choose_blocks(ranking, query, index, far, 63, oldest), wanted)
 
 
 @pytest.mark.parametrize("name", ["clamped", "clamped-beside-dilated", "sinks-in-a-block"])

@@ -45,6 +45,44 @@ def test_a_bank_is_the_same_text_in_the_context(model, tmp_path, store):
     assert set(cache.memory_by_place()) <= {store, "device"}  # the bank takes none of it
 
 
+def layer_keys(bank: MemoryBank, model, layer: int) -> torch.Tensor:
+    """Of all tokens, [G, N, D]."""
+    rows = bank.rows(DilatedCache(model.config).dilated_layers[layer], layer, torch.device("cpu"))
+    return rows.span(0, len(bank))[0][0]
+
+
+def test_a_text_may_be_read_by_what_lies_within_reach(tmp_path):
+    """The window is 8: a chunk's state, the last one of one token too, depends on its reach alone, and on sinks."""
+    model, text = patch_model(tiny_llama(), [8], [1], num_sink_tokens=2, memory={"top_k": 9}), tokens(193)[0]
+    edited = text.clone()
+    edited[20:28] = edited[20:28] % 96 + 1  # words of layer 0, which nothing but a choice carries to the end
+    banks = {
+        (reach, name): MemoryBank.from_tokens(
+            model, [words], tmp_path / f"{reach}-{name}", chunk_size=32, reach=reach, progress=False
+        )
+        for reach in (None, 40, 1000) for name, words in (("text", text), ("edited", edited))
+    }  # fmt: skip
+    keys = {key: layer_keys(bank, model, 1)[:, 160:] for key, bank in banks.items()}
+    assert torch.equal(keys[40, "text"], keys[40, "edited"])
+    assert not torch.equal(keys[None, "text"], keys[None, "edited"])
+    torch.testing.assert_close(keys[None, "text"], keys[1000, "text"], **TOLERANCE)  # a single token by another path
+    # Whoever asks looks at all of it: the first token of the question reads as by the keys of the whole text.
+    asked = [read(model, tokens(8), [8], banks[40, name].start_cache(model))[0] for name in ("text", "edited")]
+    assert not torch.equal(*asked)
+
+
+def test_a_reach_is_checked_and_belongs_to_the_bank(tmp_path):
+    model = with_memory("alone")
+    for wrong in (0, 3.5, "40", True):
+        with pytest.raises(ValueError, match="reach"):
+            make_bank(model, tmp_path / "bank", reach=wrong)
+    bank = make_bank(model, tmp_path / "bank", reach=40)
+    assert torch.equal(make_bank(model, tmp_path / "bank", reach=40).input_ids, bank.input_ids)
+    for other in (None, 50):
+        with pytest.raises(ValueError, match="reach"):
+            make_bank(model, tmp_path / "bank", reach=other)
+
+
 def test_rows_share_a_bank_and_leave_it_as_it_is(model, tmp_path):
     bank, questions = make_bank(model, tmp_path / "bank"), tokens(40, batch=3)
     before = {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()}
