@@ -86,6 +86,18 @@ def least_seconds(ways: dict, rounds: int, device: str) -> dict[str, float]:
     return {name: least(turns, counted) for name, turns in in_turns(ways, rounds, device).items()}
 
 
+def measure_forward(length: int, rounds: int, like: dict) -> dict:
+    seconds = least_seconds(forward_ways(length, like), rounds, like["device"])
+    seconds["memory"] = seconds["memory: choice"] + seconds["memory: attention"]
+    return {"seconds": seconds, "dense over memory": seconds["dense"] / seconds["memory"]}
+
+
+def measure_decoding(length: int, rounds: int, like: dict) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        ways, read = decoding_ways(length, Path(folder) / "pages", like)
+        return {"seconds": least_seconds(ways, 20 * rounds, like["device"]), "bytes read": read}
+
+
 def draw(result: dict, path: Path) -> None:
     figure, axes = new_figure(2)
     for axis, part, factor, unit in ((axes[0], "forward", 1, "s"), (axes[1], "decoding", 1000, "ms")):
@@ -102,6 +114,7 @@ def main(arguments: list[str] | None = None) -> dict:
     """Measures, prints, writes; returns what the file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--decoding-lengths", type=int, nargs="+", help="for one token; default: --lengths")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -113,23 +126,13 @@ def main(arguments: list[str] | None = None) -> dict:
         "provenance": provenance(), "memory": MEMORY, "settings": SETTINGS, "dtype": options.dtype, "forward": [],
         "decoding": [],
     }  # fmt: skip
-    for length in tqdm(options.lengths, unit="length"):
-        seconds = least_seconds(forward_ways(length, like), options.rounds, options.device)
-        seconds["memory"] = seconds["memory: choice"] + seconds["memory: attention"]
-        result["forward"].append(
-            {"tokens": length, "seconds": seconds, "dense over memory": seconds["dense"] / seconds["memory"]}
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            ways, read = decoding_ways(length, Path(folder) / "pages", like)
-            result["decoding"].append(
-                {
-                    "tokens": length, "seconds": least_seconds(ways, 20 * options.rounds, options.device),
-                    "bytes read": read,
-                }
-            )  # fmt: skip
-        for part in ("forward", "decoding"):
+    parts = {"forward": (options.lengths, measure_forward),
+             "decoding": (options.decoding_lengths or options.lengths, measure_decoding)}  # fmt: skip
+    for part, (lengths, measure) in parts.items():
+        for length in tqdm(lengths, unit="length", desc=part):
+            result[part].append({"tokens": length} | measure(length, options.rounds, like))
             tqdm.write(f"{part} {result[part][-1]}")
-        write_json(options.output, result)
+            write_json(options.output, result)
     draw(result, options.output.with_suffix(".png"))
     return result
 
