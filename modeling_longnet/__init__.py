@@ -26,7 +26,7 @@ from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
 from .exporting import export_patched_model
 from .memory_bank import MemoryBank
-from .memory_passages import Passage
+from .memory_passages import Answer, Passage
 from .model_card import make_model_card, upload_with_card
 from .modeling_longnet import (
     LongNetForCausalLM,
@@ -67,6 +67,7 @@ for _model_class, _auto in _AUTO_CLASSES.items():
 setattr(LongNetPreTrainedModel, UPLOAD, upload_with_card)  # not in the model's file: it need not travel
 
 __all__ = [
+    "Answer",
     "DilatedAttention",
     "DilatedCache",
     "DilationSchedule",

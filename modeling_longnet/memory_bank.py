@@ -33,7 +33,7 @@ from .dilated_cache_file import (
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
 from .memory_pages import STATE_NAME, StoreFolder
-from .memory_passages import Passage, find_passages, rank_passages
+from .memory_passages import NOTHING, TEMPLATE, Answer, Passage, ask, find_passages, rank_passages
 from .memory_store import BankedStore, RowFiles, make_store
 from .streaming import evaluating, interrupts_noted
 from .transformers_compat import named_cache
@@ -181,6 +181,39 @@ class MemoryBank:
     ) -> DilatedCache:
         """A cache whose rows all have read this bank: see `start_cache`."""
         return start_cache(model, [self] * batch_size, store=store, path=path)
+
+    def ask(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        question: str,
+        *,
+        template: str = TEMPLATE,
+        nothing: str = NOTHING,
+        candidates: int = 32,
+        passages: int = 4,
+        around: int = 16,
+        **generation,
+    ) -> Answer:
+        """Answers a question from the passages that it is about, which the model reads again in front of it.
+
+        Args:
+            template: of the prompt, with {passages} and behind it {question}; a chat model's own marks belong here.
+            nothing: a question about nothing in particular, which passages must be about less.
+            candidates: passages that are found (`find_passages`); `passages` of them, under which the question is
+                likeliest (`rank_passages`), are read again, each with `around` tokens before and after it.
+            generation: for `generate`; greedy and up to 64 tokens unless it says otherwise.
+
+        Returns:
+            The answer, and the passages to check it by.
+
+        Raises:
+            ValueError: for arguments that are not that, or another model than the bank's.
+        """
+        return ask(
+            model, self, tokenizer, question, template=template, nothing=nothing, candidates=candidates,
+            passages=passages, around=around, generation=generation,
+        )  # fmt: skip
 
     def find_passages(
         self, model: PreTrainedModel, question: Sequence[int], nothing: Sequence[int], *, count: int = 8, size: int = 64

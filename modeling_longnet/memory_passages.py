@@ -26,6 +26,9 @@ from .streaming import evaluating
 from .transformers_compat import named_cache
 
 
+TEMPLATE = "{passages}\n\nQuestion: {question}\nAnswer:"
+NOTHING = "What is this?"
+GAP = "\n...\n"  # between passages
 QUERIES = 32  # that are ranked at once
 LEAST = 0.01  # mass, in a passage, that counts as none
 
@@ -42,6 +45,14 @@ class Passage:
     def cut(self, input_ids: torch.Tensor, around: int) -> torch.Tensor:
         """Its tokens out of a bank's `input_ids` [N], with up to `around` more on each side."""
         return input_ids[max(0, self.start - around) : self.stop + around]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text`: what was said, without special tokens. `passages`: those that were read for it, the likeliest last."""
+
+    text: str
+    passages: tuple[Passage, ...]
 
 
 class _Masses:
@@ -121,4 +132,40 @@ def rank_passages(model: PreTrainedModel, bank, passages: Sequence[Passage], que
     return sorted(ranked, key=lambda passage: passage.score, reverse=True)
 
 
-__all__ = ["Passage", "find_passages", "rank_passages"]
+def ask(
+    model: PreTrainedModel,
+    bank,
+    tokenizer,
+    question: str,
+    *,
+    template: str,
+    nothing: str,
+    candidates: int,
+    passages: int,
+    around: int,
+    generation: dict,
+) -> Answer:
+    """See [`MemoryBank.ask`]."""
+    head, _, tail = str(template).partition("{passages}")
+    if "{question}" not in tail or "{passages}" in tail:
+        raise ValueError(f"`template` must have {{passages}} once, and {{question}} behind it, got {template!r}.")
+    if as_integer(passages) is None or passages < 1:
+        raise ValueError(f"`passages` must be an integer of at least 1, got {passages!r}.")
+
+    def encode(text: str, special: bool = False) -> list[int]:
+        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    asked, beside = (encode(tail.replace("{question}", x)) for x in (question, nothing))
+    found = find_passages(model, bank, asked, beside, count=candidates)
+    best = rank_passages(model, bank, found, asked, around=around)[:passages][::-1]
+    prompt, gap = encode(head, special=True), encode(GAP)
+    for passage in best:
+        prompt += passage.cut(bank.input_ids, around).tolist() + gap
+    ids = torch.tensor([prompt + asked], device=model.device)
+    generation = {"max_new_tokens": 64, "do_sample": False} | generation
+    with evaluating(model):
+        said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **generation)
+    return Answer(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip(), tuple(best))
+
+
+__all__ = ["Answer", "Passage", "ask", "find_passages", "rank_passages"]

@@ -298,6 +298,38 @@ def test_passages_are_ranked_by_the_likelihood_of_the_question_behind_them(tmp_p
     assert best.score == pytest.approx(told.item(), abs=2e-3)
 
 
+class Letters:
+    """A tokenizer of characters, with a first special token."""
+
+    def __call__(self, text, add_special_tokens, verbose):
+        return {"input_ids": [1] * add_special_tokens + [2 + ord(c) % 95 for c in text]}
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(f" {i}" for i in ids.tolist())
+
+
+def test_a_question_is_answered_from_the_passages_that_it_is_likeliest_behind(tmp_path):
+    model, ids, encode = with_memory("alone").train(), tokens(90)[0], Letters()
+    bank = MemoryBank.from_tokens(model, [ids], tmp_path / "bank", chunk_size=32, progress=False)
+    asked, beside = (encode(f" q {x}?", False, False)["input_ids"] for x in ("{who}", "what"))
+    found = bank.find_passages(model, asked, beside, count=32)
+    first, second = bank.rank_passages(model, found, asked, around=3)[:2]
+    answer = bank.ask(
+        model, encode, "{who}", template="T {passages} q {question}?", nothing="what", passages=2, around=3,
+        max_new_tokens=5,
+    )  # fmt: skip
+    assert answer.passages == (second, first) and model.training
+    gap = encode("\n...\n", False, False)["input_ids"]
+    parts = [encode("T ", True, False)["input_ids"]]
+    parts += [part for passage in (second, first) for part in (passage.cut(ids, 3).tolist(), gap)]
+    prompt = torch.tensor([sum(parts, []) + asked])
+    said = model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+    assert answer.text == encode.decode(said[0, prompt.shape[1] :], True).strip()
+    for wrong in ({"template": "{question} {passages}"}, {"template": "{passages}"}, {"passages": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            bank.ask(model, encode, "who", **wrong)
+
+
 def test_passages_that_make_no_sense_are_refused(tmp_path):
     bank, model, questions = recall_bank(tmp_path / "bank", 9)
     about = [questions[0].item()] * 2
