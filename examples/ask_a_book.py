@@ -1,17 +1,19 @@
-"""Reads a long text once into a bank on disk, and answers questions about facts that were planted in it, far beyond the
-model's window.
+"""Reads a long text once into a bank on disk, and answers questions about it, far beyond the model's window.
 
-    python -m examples.ask_a_book --length 60000 --output-dir runs/ask-a-book
+    python -m examples.ask_a_book --text my_book.txt --ask "Who is Marta?" "Where does she live?"
+    python -m examples.ask_a_book --length 60000 --reach 4096
 
 The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), once, however often it is asked. A
-question is answered in three steps: the bank names the passages that the question is about, by the model's own
-attention; the model reads the question behind each of them, and the likeliest are read again in front of the question,
-the best one last. With `--passages 0` the question stands behind the whole text and the memory alone answers. Ctrl-C,
-or a crash, costs what was read since the last save; the same command goes on.
+question is answered in three steps (`bank.ask`): the bank names the passages that the question is about, by the model's
+own attention; the model reads the question behind each of them, and the likeliest are read again in front of the
+question, the best one last. Without `--ask` facts are planted, and asked for. With `--passages 0` the question stands
+behind the whole text and the memory alone answers. With `--reach` a token costs the same to read however long the
+text is. Ctrl-C, or a crash, costs what was read since the last save; the same command goes on.
 """
 
 import argparse
 import random
+import re
 import time
 from pathlib import Path
 
@@ -23,15 +25,14 @@ from examples.measuring import peak_memory
 from examples.reporting import provenance, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
-from modeling_longnet import DilatedCache, MemoryBank, Passage, patch_model
+from modeling_longnet import DilatedCache, MemoryBank, patch_model
 from modeling_longnet.transformers_compat import named_cache
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
-QUESTION = "\n\nQuestion: What is the secret number of {name}?\nAnswer: The secret number of {name} is"
-NOTHING = "\n\nQuestion: What is this?\nAnswer: This is"
-GAP, AROUND = "\n...\n", 16  # between passages that are read again; tokens before and behind each
-CANDIDATES = 32  # passages that are found, of which a few are read again
+FACT = "\nThe secret number of {name} is {number}.\n"
+QUESTION = "What is the secret number of {name}?"
+BEHIND = "\n\nQuestion: {question}\nAnswer:"  # where the memory alone answers
 NAMES = "Alice Bruno Clara Dmitri Elena Farid Greta Hugo Ingrid Jonas Karin Leon Marta Nadia Oscar Paula".split()
 
 
@@ -41,7 +42,7 @@ def plant(book: list[int], encode, count: int, seed: int = 0) -> tuple[list[int]
     facts = [(name, str(chosen.randrange(1000, 9999))) for name in chosen.sample(NAMES, count)]
     step, text = len(book) // (count + 1), []
     for i, (name, number) in enumerate(facts):
-        text += book[i * step : (i + 1) * step] + encode(f"\nThe secret number of {name} is {number}.\n")
+        text += book[i * step : (i + 1) * step] + encode(FACT.format(name=name, number=number))
     return text + book[count * step :], facts
 
 
@@ -57,9 +58,17 @@ def ask(model: PreTrainedModel, cache: DilatedCache, question: list[int], new_to
     return answer
 
 
-def read_again(bank: MemoryBank, passages: list[Passage], gap: list[int]) -> list[int]:
-    """The passages' text, with a little of what is around each."""
-    return [token for passage in passages for token in passage.cut(bank.input_ids, AROUND).tolist() + gap]
+def answer_question(model: PreTrainedModel, bank: MemoryBank, tokenizer, question: str, passages: int) -> dict:
+    """What is said, from where, and the processor time that it took."""
+    began = time.process_time()
+    if passages:
+        said = bank.ask(model, tokenizer, question, passages=passages, max_new_tokens=24)
+        text, starts = said.text, [passage.start for passage in said.passages]
+    else:
+        behind = tokenizer(BEHIND.format(question=question), add_special_tokens=False).input_ids
+        text, starts = tokenizer.decode(ask(model, bank.start_cache(model), behind, 24)).strip(), []
+    text = text.split("\n\n")[0]  # a model that was not trained to stop goes on asking
+    return {"question": question, "answer": text, "passages": starts, "seconds": round(time.process_time() - began, 2)}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -67,7 +76,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id; default SmolLM2-135M-Instruct, from pip")
     parser.add_argument("--text", default="python-docs", help="a name known to texts.py, a file or a folder")
-    parser.add_argument("--length", type=int, default=16384, help="tokens of the text")
+    parser.add_argument("--length", type=int, default=16384, help="tokens of the text, at most")
+    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="default: for facts that are planted in the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
     parser.add_argument("--passages", type=int, default=4, help="to read again for a question; 0: ask the memory alone")
     parser.add_argument("--chunk-size", type=int, default=512)
@@ -82,37 +92,33 @@ def main(arguments: list[str] | None = None) -> dict:
 
     patch_model(model, segment_lengths=[512], dilation_rates=[1], memory=MEMORY)
     book = encode(load_text(options.text)[: options.length * 8])[: options.length]
-    text, facts = plant(book, encode, options.questions)
-    name = str(options.length) + (f"-reach-{options.reach}" if options.reach else "")
-    folder, began = options.output_dir / name, time.process_time()
+    text, facts = (book, []) if options.ask else plant(book, encode, options.questions)
+    questions = options.ask or [QUESTION.format(name=name) for name, _ in facts]
+    name = f"{Path(options.text).stem}-{options.length}" + (f"-reach-{options.reach}" if options.reach else "")
+    folder, began = options.output_dir / (name + ("-asked" if options.ask else "")), time.process_time()
     bank = MemoryBank.from_tokens(model, [text], folder, chunk_size=options.chunk_size, reach=options.reach)
     seconds, reading, answers = time.process_time() - began, peak_memory(), []
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{len(bank):,} tokens; {seconds:.0f} s of processor time in this call; {size / 2**20:.0f} MiB on disk")
-    for person, number in tqdm(facts, unit="question"):
-        began, question, cache, passages = time.process_time(), encode(QUESTION.format(name=person)), None, []
-        if options.passages:
-            found = bank.find_passages(model, question, encode(NOTHING), count=CANDIDATES)
-            ranked = bank.rank_passages(model, found, question, around=AROUND)
-            passages = ranked[: options.passages][::-1]
-            question, cache = read_again(bank, passages, encode(GAP)) + question, DilatedCache(model.config)
-        answer = ask(model, cache or bank.start_cache(model), question, 5)
-        answer = tokenizer.decode(answer).strip()
-        right = answer.startswith(number)
-        answers.append({"name": person, "number": number, "answer": answer, "right": right})
-        answers[-1]["passages"] = [passage.start for passage in passages]
-        answers[-1]["seconds"] = round(time.process_time() - began, 2)
-        tqdm.write(f"{person:8} {number}   {'right' if right else 'WRONG'}   {answer!r}")
-    right = sum(answer["right"] for answer in answers)
-    print(f"{right} of {len(answers)} right")
+    for i, question in enumerate(tqdm(questions, unit="question")):
+        answers.append(answer_question(model, bank, tokenizer, question, options.passages))
+        verdict = ""
+        if facts:
+            said = re.search(r"\d+", answers[-1]["answer"])
+            answers[-1] |= {"number": facts[i][1], "right": said is not None and said[0] == facts[i][1]}
+            verdict = "   right" if answers[-1]["right"] else f"   WRONG: {facts[i][1]}"
+        tqdm.write(f"{question}   {answers[-1]['answer']!r}{verdict}")
     result = {
         "provenance": provenance(), "model": Path(path).name, "text": Path(options.text).name, "tokens": len(bank),
         "seconds to read, in the last call": round(seconds, 1), "bytes on disk": size, "memory": MEMORY,
         "reach": options.reach, "bytes in memory, reading": reading, "bytes in memory": peak_memory(),
-        "passages": options.passages, "right": right, "answers": answers,
+        "passages": options.passages, "answers": answers,
     }  # fmt: skip
+    if facts:
+        result["right"] = sum(answer["right"] for answer in answers)
+        print(f"{result['right']} of {len(answers)} right")
     kind = "" if options.passages else "-memory-alone"
-    write_json(options.output_dir / f"{name}{kind}.json", result)
+    write_json(folder.with_name(f"{folder.name}{kind}.json"), result)
     return result
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.ask_a_book import AROUND, ask, plant, read_again
-from modeling_longnet import MemoryBank, Passage, patch_model
+from examples.ask_a_book import ask, plant
+from modeling_longnet import MemoryBank, patch_model
 
 
 def test_facts_are_spread_over_the_text():
@@ -29,12 +29,3 @@ def test_an_answer_is_that_of_the_whole_text_and_leaves_no_trace(chunk_size, tmp
         whole = torch.tensor([text + question])
         expected = model.generate(whole, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(whole))
         assert ask(model, bank.start_cache(model), question, 6) == expected[0, whole.shape[1] :].tolist()
-
-
-def test_passages_are_read_again_in_their_order_with_what_is_around_them():
-    class Bank:
-        input_ids = torch.arange(1000)
-
-    found = [Passage(512, 576, 1.0), Passage(960, 1000, 2.0), Passage(0, 64, 3.0)]
-    expected = [*range(512 - AROUND, 576 + AROUND), -1, *range(960 - AROUND, 1000), -1, *range(64 + AROUND), -1]
-    assert read_again(Bank(), found, [-1]) == expected
