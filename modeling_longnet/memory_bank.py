@@ -190,7 +190,7 @@ class MemoryBank:
         *,
         template: str = TEMPLATE,
         nothing: str = NOTHING,
-        candidates: int = 32,
+        candidates: int = 16,
         passages: int = 4,
         around: int = 16,
         **generation,

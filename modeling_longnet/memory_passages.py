@@ -1,10 +1,12 @@
 """Which passages of a bank a question is about: those that the model looks at more than when it is asked nothing.
 
 Every question looks at some passages a lot: headings, first lines, whatever its heads rest on. So a question is
-compared with one about nothing, passage by passage, by the mass that the ranks of blocks would have in a softmax, added
-up over layers and heads:
+compared with one about nothing, layer by layer, for layers do not look alike, by the mass that the ranks of a passage's
+blocks would have in a softmax, on average over heads and tokens:
 
-    score of a passage = log (mass of the question) - log (mass of the question about nothing)
+    score of a passage = mean over layers of log (mass of the question + even) - log (mass of the other + even)
+
+where `even` is what each passage would have if all had the same.
 
 What is found is text, to be read again in front of the question and at close distance, where a model that was never
 trained on long texts can tell several facts apart. In the manner of RETRO's neighbours (arXiv 2112.04426) and LongMem's
@@ -30,7 +32,6 @@ TEMPLATE = "{passages}\n\nQuestion: {question}\nAnswer:"
 NOTHING = "What is this?"
 GAP = "\n...\n"  # between passages
 QUERIES = 32  # that are ranked at once
-LEAST = 0.01  # mass, in a passage, that counts as none
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Answer:
 
 
 class _Masses:
-    """Adds up, over what layers tell it, the mass of each of a bank's blocks, on average over a question's tokens."""
+    """The mass of each of a bank's blocks in the layer that it watches, on average over heads and tokens."""
 
     def __init__(self, blocks: int):
         self.total = torch.zeros(blocks, dtype=torch.float64)
@@ -73,20 +74,19 @@ class _Masses:
                 continue
             ranks = rank_blocks(call.ranking, part, index, far_index, at, count)
             hide_ineligible(ranks, schedule, schedule.local_start(at))
-            mass = (ranks.float() * scale).softmax(-1).nan_to_num().sum((0, 1, 2, 3))[: len(self.total)]
+            mass = (ranks.float() * scale).softmax(-1).nan_to_num().mean((1, 2)).sum((0, 1))[: len(self.total)]
             self.total[: len(mass)] += mass.double().cpu() / length
 
 
 def _mass(model: PreTrainedModel, bank, question: torch.Tensor) -> torch.Tensor:
-    """Of each block of the bank, [n], float64."""
+    """In each layer with a memory of each block of the bank, [layers, n], float64."""
     cache = bank.start_cache(model)
     layers = [layer for layer in cache.dilated_layers if isinstance(layer, MemoryLayer)]
-    masses = _Masses(len(bank) // cache.schedule.memory.block_size)
     for layer in layers:
-        layer.watch = masses
+        layer.watch = _Masses(len(bank) // cache.schedule.memory.block_size)
     with evaluating(model):
         model.base_model(input_ids=question[None].to(model.device), use_cache=True, **named_cache(cache))
-    return masses.total
+    return torch.stack([layer.watch.total for layer in layers])
 
 
 def _as_question(name: str, tokens) -> torch.Tensor:
@@ -110,9 +110,10 @@ def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int
     if known not in bank.masses:
         bank.masses[known] = _mass(model, bank, nothing)
     masses = torch.stack([_mass(model, bank, question), bank.masses[known]])
-    masses = torch.nn.functional.pad(masses, (0, -masses.shape[1] % (size // block)))
-    about, beside = (masses.unflatten(1, (-1, size // block)).sum(-1) + LEAST).log()
-    score = about - beside
+    masses = torch.nn.functional.pad(masses, (0, -masses.shape[-1] % (size // block)))
+    masses = masses.unflatten(-1, (-1, size // block)).sum(-1)
+    about, beside = (masses + 1 / masses.shape[-1]).log()
+    score = (about - beside).mean(0)
     best = score.topk(min(count, len(score))).indices.sort().values.tolist()
     return [Passage(i * size, min((i + 1) * size, len(bank)), round(score[i].item(), 3)) for i in best]
 
