@@ -38,11 +38,11 @@ def peak_memory(device: str | torch.device = "cpu") -> int:
 
 
 def reset_peak_memory(device: str | torch.device = "cpu") -> int:
-    """Begins to count anew; the bytes in use now."""
+    """Begins to count anew, where the system can; the bytes in use now."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+    elif (counter := Path("/proc/self/clear_refs")).exists():
+        counter.write_text("5")
     return memory_in_use(device)
 
 

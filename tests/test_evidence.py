@@ -4,6 +4,7 @@ The model of `finder` recalls by one attention layer, so what it finds is what i
 memory must lose what lies behind its window, or these tests could not fail.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -248,13 +249,47 @@ def test_an_interval_holds_the_ratio_and_narrows_with_agreement():
 
 def test_figure_5_measures_both_sides_until_the_budget_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "seconds_of", lambda run, device: run().isfinite().all().item() * 1.0)
-    arguments = ["--lengths", "1024", "2048", "--budget", "3", "--output", str(tmp_path / "x.json")]
+    monkeypatch.setattr(runtime, "PART", 8192)
+    arguments = ["--lengths", "1024", "2048", "--budget", "3", "--stream-tokens", "9000", "--output",
+                 str(tmp_path / "x.json")]  # fmt: skip
     rows = runtime.main(arguments)["rows"]
     assert [(row["side"], row["tokens"]) for row in rows if row["kind"] == "operator"] == [
         ("dense", 1024), ("LongNet", 1024), ("LongNet", 2048),
     ]  # fmt: skip
     assert "not tried" in (tmp_path / "x.md").read_text() and (tmp_path / "x.png").exists()
+    assert [(row.get("start"), row["tokens"]) for row in rows if row["kind"] == "stream"] == [(0, 8192), (8192, 9000)]
     assert runtime.main(arguments)["rows"] == rows
+    with pytest.raises(ValueError, match="'stream tokens' 9000, not 9001"):
+        runtime.main([*arguments[:-3], "9001", *arguments[-2:]])
+
+
+def test_a_stream_goes_on_and_its_rows_end_where_the_position_doubles(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "CHUNK", 64)
+    monkeypatch.setattr(runtime, "PART", 256)
+    state, seconds = tmp_path / "state.safetensors", iter(range(1000))
+    monkeypatch.setattr(runtime, "clock", lambda device: next(seconds))
+
+    def read(rows, stop=None):
+        read_to = []
+
+        def write():
+            read_to.append(rows[-1]["tokens"])
+            if rows[-1]["tokens"] == stop:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            runtime.read_stream(rows, write, state, 1500, torch.float32, "cpu")
+        assert state.exists() == (stop is not None)
+        return read_to
+
+    other = {"kind": "model", "side": "dense", "tokens": 64, "seconds": 1.0}
+    rows = [other]
+    assert read(rows, stop=768) == [256, 512, 768]
+    assert read(rows) == [1024, 1280, 1500]
+    parts = [(row["start"], row["tokens"], row["seconds"]) for row in rows[1:]]
+    assert parts == [(0, 256, 1), (256, 512, 1), (512, 1024, 2), (1024, 1500, 2)] and rows[0] is other
+    read(rows[:1], stop=512)
+    assert read(rows[:2]) == [256, 512, 768, 1024, 1280, 1500]  # a state of another moment: from the beginning
 
 
 def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
@@ -269,6 +304,7 @@ def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
                          str(tmp_path / "x.json")])["rows"]  # fmt: skip
     assert [(row["tokens"], row["seconds"]) for row in rows[2:]] == [(128, None)] * 2
     assert (tmp_path / "x.md").read_text().splitlines()[-1] == "| 128 | out of memory | out of memory |"
+    assert all(row["peak bytes"] > 0 for row in rows[2:])
 
 
 def test_the_document_shows_the_tables_of_the_records():
