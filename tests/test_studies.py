@@ -1,5 +1,6 @@
 """The studies beside LongNet's neighbours: their tasks ask what they say, their runs go on where they stopped."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from examples.evidence.neighbours.backbone import ModelShape
 from examples.evidence.neighbours.lru import LinearRecurrentUnit
 from examples.evidence.neighbours.systems import SYSTEMS
 from examples.evidence.recall import IGNORED, RecallModel, accuracy, make_batch, measure_recall
-from examples.evidence.records import mean, measure_missing
+from examples.evidence.records import mean, measure_missing, saving
 from examples.evidence.training import bits_per_byte, parameter_groups
 
 
@@ -143,6 +144,26 @@ def test_an_interrupted_run_goes_on(tmp_path):
     result = measure_missing(path, {"s": 1}, wanted, measure)
     assert seen == [1, 2, 2, 3] and [r["value"] for r in result["records"]] == [10, 20, 30]
     assert mean(result["records"], "value") == 20 and mean(result["records"], "value", a=4) is None
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_records_are_written_every_few_seconds_and_always_at_the_end(tmp_path, monkeypatch, interrupted):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("examples.evidence.records.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    path, records, held = tmp_path / "r.json", [], []
+    with contextlib.suppress(KeyboardInterrupt), saving(path, {"records": records}, every=5.0) as save:
+        for second in (0, 2, 4.9, 5, 6, 7):
+            now.seconds = second
+            records.append(second)
+            save()
+            held.append(json.loads(path.read_text())["records"][-1])
+        if interrupted:
+            raise KeyboardInterrupt
+    assert held == [0, 0, 0, 5, 5, 5] and json.loads(path.read_text())["records"] == records
+    before = path.stat().st_mtime_ns
+    with saving(path, {"records": []}):
+        pass
+    assert path.stat().st_mtime_ns == before
 
 
 def test_the_small_table_2_bounds_distances_by_the_training_context(tiny, tmp_path, monkeypatch):

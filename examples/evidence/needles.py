@@ -22,9 +22,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from examples.evidence.reading import VARIANTS, ask, in_form, load_model, read
-from examples.evidence.records import open_record
+from examples.evidence.records import open_record, saving
 from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
-from examples.reporting import markdown_table, save_figure, write_beside, write_json
+from examples.reporting import markdown_table, save_figure, write_beside
 from examples.runs import parse_scaled
 from examples.smollm2 import smollm2_135m
 
@@ -161,8 +161,8 @@ def main(arguments: list[str] | None = None) -> dict:
         (task, length, trial, [v for v in options.variants if (task, length, trial, v + suffix) not in done])
         for trial in range(options.trials) for length in options.lengths for task in options.tasks
     ]  # fmt: skip
-    result = {"records": records}
-    with tqdm(total=sum(len(missing) for *_, missing in todo), unit="reading") as bar:
+    result, count = beside | {"records": records}, sum(len(missing) for *_, missing in todo)
+    with saving(options.output, result) as save, tqdm(total=count, unit="reading") as bar:
         for task, length, trial, missing in todo:
             case = tasks.make(task, length, trial) if missing else None
             for variant in missing:
@@ -171,10 +171,9 @@ def main(arguments: list[str] | None = None) -> dict:
                     rows = measure(model, tokenizer, case, options.chunk_size)
                 key = {"variant": variant + suffix, "task": task, "length": length, "trial": trial}
                 records += [key | row for row in rows]
-                result = beside | {"records": records}
-                write_json(options.output, result)
+                save()
                 bar.update()
-    if any(missing for *_, missing in todo):
+    if count:
         write_beside(options.output, table(records), draw, result)
     else:
         print(table(records) if records else "nothing asked")

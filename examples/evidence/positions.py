@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Cache
 
 from examples.evidence.needles import WITH_ADAPTER
 from examples.evidence.reading import VARIANTS, in_form, load_model, new_cache
-from examples.evidence.records import open_record
+from examples.evidence.records import open_record, saving
 from examples.perplexity import position_buckets
 from examples.reporting import markdown_table, new_figure, save_figure, write_beside, write_json
 from examples.runs import parse_scaled
@@ -215,16 +215,17 @@ def main(arguments: list[str] | None = None) -> dict:
         if (variant + suffix, text, window, options.length) not in done
     ]  # fmt: skip
     texts = {name: load_text(name) for name in {text for text, *_ in todo}}
-    for text, window, variant in tqdm(todo, unit="window"):
-        tokens = window_of(
-            lambda part: tokenizer(part, add_special_tokens=False, verbose=False).input_ids,
-            texts[text], window, options.windows, options.length,
-        )  # fmt: skip
-        with in_form(model, variant):
-            row = read_window(model, tokens, options.chunk_size)
-        key = {"variant": variant + suffix, "text": text, "window": window, "length": options.length}
-        records.append(key | row)
-        write_json(options.output, beside | {"records": records})
+    with saving(options.output, beside | {"records": records}) as save:
+        for text, window, variant in tqdm(todo, unit="window"):
+            tokens = window_of(
+                lambda part: tokenizer(part, add_special_tokens=False, verbose=False).input_ids,
+                texts[text], window, options.windows, options.length,
+            )  # fmt: skip
+            with in_form(model, variant):
+                row = read_window(model, tokens, options.chunk_size)
+            key = {"variant": variant + suffix, "text": text, "window": window, "length": options.length}
+            records.append(key | row)
+            save()
     same = [record for record in records if record["length"] == options.length]
     summary, costs = summarize(same), costs_of(same)
     result = json.loads(options.output.read_text()) | {"summary": summary, "costs": costs}

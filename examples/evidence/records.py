@@ -1,7 +1,10 @@
 """Measurements that are written when they are made, and not made twice: those of a file, and what it still lacks."""
 
 import json
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,6 +37,30 @@ def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list
     return found[rows], beside | settings | known
 
 
+@contextmanager
+def saving(path: Path, result: dict, every: float = 5.0) -> Iterator[Callable[[], None]]:
+    """Gives what is called when `result` has changed. It writes `result` unless it did so within the last `every`
+    seconds; what is left is written at the end, also that of an error or Ctrl-C.
+
+    A write takes as long as there are records, and ten thousands of answers are not written anew for each one. A
+    process that is killed loses the records of at most `every` seconds.
+    """
+    written, waits = -math.inf, False
+
+    def save() -> None:
+        nonlocal written, waits
+        waits = time.monotonic() - written < every
+        if not waits:
+            write_json(path, result)
+            written = time.monotonic()
+
+    try:
+        yield save
+    finally:
+        if waits:
+            write_json(path, result)
+
+
 def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Callable[..., dict]) -> dict:
     """What the file at `path` holds after `measure(**key)` for every key of `wanted` that it did not hold.
 
@@ -48,9 +75,10 @@ def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Cal
     result["settings"] |= settings
     records = result["records"]
     missing = [key for key in wanted if not any(key.items() <= record.items() for record in records)]
-    for key in tqdm(missing, unit="record"):
-        records.append({**key, **measure(**key), "provenance": provenance()})
-        write_json(path, result)
+    with saving(path, result) as save:
+        for key in tqdm(missing, unit="record"):
+            records.append({**key, **measure(**key), "provenance": provenance()})
+            save()
     return result
 
 
