@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
+from examples.benchmarks import memory_study
 from examples.evidence import adaptation, needles, positions, runtime
 from examples.evidence.reading import ask, read
 from examples.evidence.ruler_tasks import DEPTHS, Question, Tasks, largest, score
@@ -205,6 +206,39 @@ def test_what_was_asked_is_not_asked_again(byte_model, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "x.json").read_text())["provenance"]["command"]
     with pytest.raises(ValueError, match="haystack"):
         needles.main([*arguments, "--trials", "2", "--haystack", "python-source"])
+
+
+def test_a_memory_study_goes_on_and_refuses_other_settings(byte_model, tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    arguments = ["--model", str(byte_model), "--tasks", "passkey-700", "--output", str(path)]
+    first = memory_study.main([*arguments, "--settings", "dense", "64 x 4, 16 dimensions", "--trials", "1"])
+    old = json.loads(path.read_text())
+    del old["earlier runs"], old["settings"]["64 x 4"]  # as written before either was
+    old["provenance"]["date"] = "2026-01-01"
+    path.write_text(json.dumps(old))
+    again = memory_study.main([*arguments, "--settings", "64 x 4", "64 x 4, 16 dimensions", "dense", "--trials", "2"])
+    assert again["records"][:2] == first["records"] and len(again["records"]) == 2 + 2 + 1 + 1
+    likelihoods = {r["setting"]: r["log_likelihood"] for r in again["records"] if r["trial"] == 1}
+    assert len(set(likelihoods.values())) == 3 and (tmp_path / "x.png").exists()
+    written = path.read_text()
+    assert json.loads(written)["earlier runs"] == [old["provenance"]]
+    monkeypatch.setitem(memory_study.SETTINGS, "64 x 4", memory_study.SETTINGS["32 x 8"])
+    with pytest.raises(ValueError, match="'64 x 4'"):
+        memory_study.main([*arguments, "--settings", "dense", "--trials", "3"])
+    monkeypatch.undo()
+    monkeypatch.setattr(memory_study, "CALIBRATION", ("python-docs", 99))
+    with pytest.raises(ValueError, match="'calibration'"):
+        memory_study.main([*arguments, "--settings", "dense", "--trials", "3"])
+    assert path.read_text() == written
+
+
+def test_the_committed_memory_study_can_be_gone_on_with():
+    path = Path(__file__).parents[1] / "docs/results/memory_study.json"
+    records, beside = memory_study.open_study(path, "smollm2-135m-instruct")
+    found = json.loads(path.read_text())
+    assert records == found["records"] and beside["settings"] == beside["settings"] | found["settings"]
+    with pytest.raises(ValueError, match="'model'"):
+        memory_study.open_study(path, "another")
 
 
 def test_the_table_compares_forms_on_the_same_texts():

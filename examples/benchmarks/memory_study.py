@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from examples.evidence.records import check_settings, open_record, saving
 from examples.evidence.ruler_tasks import DEPTHS, NOISE, PASSKEY
 from examples.perplexity import window_loss
-from examples.reporting import new_figure, provenance, save_figure, write_json
+from examples.reporting import new_figure, save_figure
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import calibrate_memory, patch_model, unpatch_model
@@ -159,6 +160,30 @@ def draw(result: dict, path: Path) -> None:
     save_figure(figure, path, result["provenance"])
 
 
+def bring_into(model: PreTrainedModel, tokenizer, current: str, name: str) -> None:
+    """From one of the SETTINGS into another, calibrated where it needs that."""
+    if SETTINGS[current] is not None:
+        unpatch_model(model)
+    if SETTINGS[name] is not None:
+        patch_model(model, **SETTINGS[name])
+        if SETTINGS[name].get("memory", {}).get("dimensions"):
+            text, count = CALIBRATION
+            calibrate_memory(model, tokenizer(load_text(text), verbose=False).input_ids[:count])
+
+
+def open_study(path: Path, model: str) -> tuple[list[dict], dict]:
+    """The records of a file, and what stands beside them. `SETTINGS` may have grown since, but not changed.
+
+    Raises:
+        ValueError: a file of another model, calibration, or meaning of a setting.
+    """
+    settings = json.loads(json.dumps(SETTINGS))
+    found = json.loads(path.read_text())["settings"] if path.exists() else {}
+    check_settings(path, found, settings)
+    records, beside = open_record(path, {"model": model, "calibration": CALIBRATION})
+    return records, beside | {"settings": found | settings}
+
+
 def main(arguments: list[str] | None = None) -> dict:
     """Measures what is missing; returns what the file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,8 +194,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; the plot is written beside it")
     options = parser.parse_args(arguments)
     path = options.model or str(smollm2_135m())
+    records, beside = open_study(options.output, Path(path).name)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-    records = json.loads(options.output.read_text())["records"] if options.output.exists() else []
     done = {(r["setting"], r["task"], r["trial"]) for r in records}
     todo = [
         (name, task, trial)
@@ -179,25 +204,16 @@ def main(arguments: list[str] | None = None) -> dict:
         for trial in range(1 if task.startswith("perplexity") else options.trials)
         if (name, task, trial) not in done
     ]
-    current, calibration = None, None
-    result = {"summary": summarize(records)}
-    for name, task, trial in tqdm(todo, unit="trial"):
-        if name != current:
-            if current is not None and SETTINGS[current] is not None:
-                unpatch_model(model)
-            if SETTINGS[name] is not None:
-                patch_model(model, **SETTINGS[name])
-                if (SETTINGS[name].get("memory") or {}).get("dimensions"):
-                    if calibration is None:
-                        calibration = tokenizer(load_text(CALIBRATION[0]), verbose=False).input_ids[: CALIBRATION[1]]
-                    calibrate_memory(model, calibration)
-            current = name
-        records.append({"setting": name, "task": task, "trial": trial} | measure(model, tokenizer, task, trial))
-        result = {
-            "provenance": provenance(), "model": Path(path).name, "settings": SETTINGS, "calibration": CALIBRATION,
-            "summary": summarize(records), "records": records,
-        }  # fmt: skip
-        write_json(options.output, result)
+    current = "dense"
+    result = beside | {"summary": summarize(records), "records": records}
+    with saving(options.output, result) as save:
+        for name, task, trial in tqdm(todo, unit="trial"):
+            if name != current:
+                bring_into(model, tokenizer, current, name)
+                current = name
+            records.append({"setting": name, "task": task, "trial": trial} | measure(model, tokenizer, task, trial))
+            result["summary"] = summarize(records)
+            save()
     for task, rows in result["summary"].items():
         for name, row in rows.items():
             print(f"{task:32} {name:42} {row}")

@@ -12,7 +12,12 @@ from tqdm import tqdm
 from examples.reporting import provenance, write_json
 
 
-def _check_settings(path: Path, found: dict, settings: dict) -> None:
+def check_settings(path: Path, found: dict, settings: dict) -> None:
+    """Refuses settings that a file has too, but with other values.
+
+    Raises:
+        ValueError: naming the first.
+    """
     for name, value in settings.items():
         if name in found and found[name] != value:
             raise ValueError(
@@ -30,9 +35,9 @@ def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list
     beside, settings = {"provenance": provenance(), "earlier runs": []}, json.loads(json.dumps(settings))
     found = json.loads(path.read_text()) if path.exists() else {rows: []}
     known = {name: found[name] for name in settings if found.get(name) is not None}
-    _check_settings(path, known, {name: value for name, value in settings.items() if value is not None})
+    check_settings(path, known, {name: value for name, value in settings.items() if value is not None})
     if "provenance" in found:
-        runs = [*found["earlier runs"], found["provenance"]]
+        runs = [*found.get("earlier runs", []), found["provenance"]]
         beside["earlier runs"] = [run for i, run in enumerate(runs) if run not in (*runs[:i], beside["provenance"])]
     return found[rows], beside | settings | known
 
@@ -71,7 +76,7 @@ def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Cal
     """
     result = json.loads(path.read_text()) if path.exists() else {"settings": {}, "records": []}
     settings = json.loads(json.dumps(settings))
-    _check_settings(path, result["settings"], settings)
+    check_settings(path, result["settings"], settings)
     result["settings"] |= settings
     records = result["records"]
     missing = [key for key in wanted if not any(key.items() <= record.items() for record in records)]
