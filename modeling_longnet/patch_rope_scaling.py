@@ -16,6 +16,7 @@ from .transformers_compat import ROPE_INIT_FUNCTIONS
 
 logger = logging.get_logger(__name__)
 
+PLAIN_WITHIN_NATIVE = ("default", "dynamic", "proportional")  # what scales nothing within `max_position_embeddings`
 LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
@@ -61,19 +62,44 @@ def guard_learned_positions(
     return [module.register_forward_pre_hook(_refuse_beyond_table).remove for module in plain]
 
 
-def scaled_rope_parameters(config, rope_scaling: dict) -> dict:
-    """The model's `rope_parameters` with the given ones on top; of layers with several kinds, the full attention's."""
+def _merged(own: dict, rope_scaling: dict, native: int) -> dict:
+    """A model's rope parameters with the given ones on top."""
     rope_scaling = dict(rope_scaling)
     kind = rope_scaling.setdefault("rope_type", rope_scaling.pop("type", None))
     if kind not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"`rope_scaling['rope_type']` must be one of {sorted(ROPE_INIT_FUNCTIONS)}, got {kind!r}.")
+    own_kind, both = own.get("rope_type", "default"), f"Got {rope_scaling} over {own}, for {native} positions."
+    if own_kind == "proportional" != kind:  # Gemma 4: it rotates a part of each head, and the part is the model's
+        raise ValueError(f"`rope_scaling` must be proportional where the model's positions are. {both}")
+    # A factor could count on top of the model's own or in its place: those differ, and both run.
+    if own_kind not in PLAIN_WITHIN_NATIVE or own_kind == "proportional" and own.get("factor", 1.0) != 1.0:
+        if kind == "dynamic":
+            raise ValueError(
+                f"`rope_scaling` must not be dynamic where positions are scaled already: it would undo that. {both}"
+            )
+        if "original_max_position_embeddings" not in rope_scaling:
+            raise ValueError(
+                "`rope_scaling` must name the `original_max_position_embeddings` from which its factor is counted, as "
+                f"the model's positions are scaled already and it takes the place of that scaling. {both}"
+            )
     if kind != "dynamic":
-        rope_scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-    parameters = copy.deepcopy(config.rope_parameters)
+        rope_scaling.setdefault("original_max_position_embeddings", native)
+    if kind != own_kind:  # what another type makes of its own factor
+        own = {name: value for name, value in own.items() if name != "attention_factor"}
+    return {**own, **rope_scaling}
+
+
+def scaled_rope_parameters(config, rope_scaling: dict) -> dict:
+    """The model's `rope_parameters` with the given ones on top; of layers with several kinds, the full attention's.
+
+    Raises:
+        ValueError: a type that Transformers does not know, or a model whose positions are scaled already and no word
+            on the context from which the new factor is counted.
+    """
+    parameters, native = copy.deepcopy(config.rope_parameters), config.max_position_embeddings
     if "full_attention" in parameters:
-        parameters["full_attention"] = {**parameters["full_attention"], **rope_scaling}
-        return parameters
-    return {**parameters, **rope_scaling}
+        return parameters | {"full_attention": _merged(parameters["full_attention"], rope_scaling, native)}
+    return _merged(parameters, rope_scaling, native)
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -107,10 +133,16 @@ def scale_rotary_embeddings(
         raise ValueError(f"`rope_scaling` was given, but {type(model).__name__} has no rotary embeddings to scale.")
     config = copy.deepcopy(model.config)
     config.rope_parameters = scaled_rope_parameters(config, rope_scaling)
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    if original is not None and hasattr(config, "original_max_position_embeddings"):
+        config.original_max_position_embeddings = original  # Phi-3: Transformers puts it over the parameters
     scaled = {}
     for name, old in rotary.items():
         buffer = next(old.buffers())
-        scaled[name] = type(old)(config=config).to(buffer.device)
+        try:
+            scaled[name] = type(old)(config=config).to(buffer.device)
+        except KeyError as error:
+            raise ValueError(f"`rope_scaling` must have {error}, got {rope_scaling}.") from error
         if hasattr(old, "_hf_hook"):
             # No import statement: what those name, Transformers demands of all who load this code from the Hub.
             importlib.import_module("accelerate.hooks").add_hook_to_module(scaled[name], old._hf_hook)

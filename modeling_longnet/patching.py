@@ -150,7 +150,8 @@ def patch_model(
             By default every layer that can be; sliding-window, linear and similar layers are left alone and named.
         backend: of the operator (`None`, `"eager"`, `"sdpa"`, `"flash_attention_2"`).
         rope_scaling: Transformers' `rope_parameters` for reading beyond the native context, for instance
-            `{"rope_type": "yarn", "factor": 4.0}`; what is not given is taken from the model.
+            `{"rope_type": "yarn", "factor": 4.0}`; what is not given is taken from the model. It takes the place of a
+            scaling that the model has, and then names the `original_max_position_embeddings` its factor counts from.
         memory: lets each query choose blocks of earlier tokens to see beside what the schedule shows, so that the model
             finds what it has read: a dictionary of settings, `{}` for the defaults, see [`MemorySpec`]. Beyond half of
             the native context distances are clamped, unless `max_distance` tells otherwise (None: never).

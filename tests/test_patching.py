@@ -4,17 +4,27 @@ import copy
 import json
 import logging
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    StaticCache,
+)
 
 from modeling_longnet import patch_attention
 from modeling_longnet.dilated_attention_reference import attention_counts
 from modeling_longnet.dilated_cache import DilatedCache
 from modeling_longnet.dilation_schedule import DilationSchedule
+from modeling_longnet.patch_rope_scaling import scaled_rope_parameters
 from modeling_longnet.patching import is_patched, load_patched_model, patch_model, report, unpatch_model
-from modeling_longnet.transformers_compat import named_cache
+from modeling_longnet.transformers_compat import ROPE_INIT_FUNCTIONS, named_cache
 
 
 SCHEDULE = ([8, 32], [1, 4])
@@ -436,6 +446,64 @@ def test_rope_scaling_equals_a_model_configured_with_it(kind, input_ids):
     torch.testing.assert_close(*both, **TOLERANCE)
 
 
+SCALED = {  # to the 128 positions of `tiny_llama`
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "attention_factor": 1.5},
+    "linear": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("own", SCALED)
+def test_scaling_over_a_scaled_model_says_from_where_it_counts(own, input_ids):
+    model = tiny_llama(rope_parameters={"rope_theta": 10000.0, **SCALED[own]})
+    expected = logits(model, input_ids)
+    for kind in ("yarn", "linear", "llama3"):
+        with pytest.raises(ValueError, match=f"must name the `original_max_pos.*'{kind}'.*over.*'{own}'.*for 128"):
+            patch_model(model, [64], [1], rope_scaling={"rope_type": kind, "factor": 4.0})
+    with pytest.raises(ValueError, match="must not be dynamic"):
+        patch_model(model, [64], [1], rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    assert not is_patched(model) and torch.equal(logits(model, input_ids), expected)
+    scaling = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 16}
+    kept = {"attention_factor": 1.5} if own == "yarn" else {}
+    configured = tiny_llama(rope_parameters={"rope_theta": 10000.0, **scaling, **kept})
+    found = logits(patch_model(model, [64], [1], rope_scaling=scaling), input_ids)
+    torch.testing.assert_close(found, logits(configured, input_ids), **TOLERANCE)
+
+
+def test_factors_of_another_type_do_not_stay(input_ids):
+    own = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "attention_factor": 3.0,
+           "original_max_position_embeddings": 16}  # fmt: skip
+    scaling = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 16}
+    model, configured = (tiny_llama(rope_parameters={"rope_theta": 10000.0, **given}) for given in (own, scaling))
+    found = logits(patch_model(model, [64], [1], rope_scaling=scaling), input_ids)
+    torch.testing.assert_close(found, logits(configured, input_ids), **TOLERANCE)
+
+
+def test_positions_that_turn_in_a_part_of_the_head_are_scaled_as_such():
+    own = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+    config = SimpleNamespace(rope_parameters={"full_attention": own}, max_position_embeddings=128)
+    with pytest.raises(ValueError, match="must be proportional where the model's positions are"):
+        scaled_rope_parameters(config, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128})
+    if "proportional" in ROPE_INIT_FUNCTIONS:
+        scaling = {"rope_type": "proportional", "factor": 4.0}
+        scaled = scaled_rope_parameters(config, scaling)["full_attention"]
+        assert scaled == own | scaling | {"original_max_position_embeddings": 128}
+        config.rope_parameters["full_attention"] = own | {"factor": 2.0}
+        with pytest.raises(ValueError, match="must name the `original_max_position_embeddings`"):
+            scaled_rope_parameters(config, scaling)
+
+
+def test_phi3_counts_from_the_context_that_it_has():
+    """Its configuration names an original context of 4,096 beside the parameters, whatever its positions are."""
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    llama = patch_model(tiny_llama(), [64], [1], rope_scaling=scaling)
+    phi3 = Phi3ForCausalLM(Phi3Config(**tiny_llama().config.to_dict()))
+    rotary = patch_model(phi3, [64], [1], rope_scaling=scaling).model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, llama.model.rotary_emb.inv_freq)
+    assert phi3.config.original_max_position_embeddings == 4096
+
+
 def test_loading_a_vanilla_folder_as_patched_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="was not saved from a patched model"):
@@ -465,6 +533,7 @@ def test_quantized_models_say_how_to_save_them(patched, tmp_path):
         ({"layers": []}, "chooses none"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "`rope_scaling\\['rope_type'\\]` must be one of"),
         ({"rope_scaling": "yarn"}, "must be a dictionary"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "`rope_scaling` must have 'factor'"),
     ],
 )
 def test_wrong_settings_leave_the_model_as_it_was(model, input_ids, settings, message):
