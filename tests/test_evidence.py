@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, Llama
 from examples.benchmarks import memory_study
 from examples.evidence import adaptation, needles, positions, runtime
 from examples.evidence.reading import ask, read
+from examples.evidence.records import mean
 from examples.evidence.ruler_tasks import DEPTHS, Question, Tasks, largest, score
 from modeling_longnet import export_patched_model, load_patched_model, patch_model
 
@@ -267,6 +269,16 @@ def test_losses_by_position_are_those_of_the_full_forward(byte_model, tmp_path):
         last = record["buckets"][-1]
         assert last["loss"] == pytest.approx(losses[last["start"] :].mean().item(), abs=1e-4)
     assert {row["text"] for row in result["summary"]} == {"python-docs", "python-source", "all texts"}
+    whole = [row for row in result["summary"] if row["whole"]]
+    assert [(row["text"], row["start"], row["end"]) for row in whole] == [
+        (text, 0, 1299) for text in ("python-docs", "python-source", "all texts")
+    ]
+    for row in whole[:2]:
+        own = [record for record in result["records"] if record["text"] == row["text"]]
+        dense, patched = (mean(own, "loss", variant=variant) for variant in ("dense", "default patch"))
+        assert row["dense"]["perplexity"] == pytest.approx(math.exp(dense))
+        assert row["default patch"]["ratio"] == pytest.approx(math.exp(patched - dense))
+    assert "| 0 to 1,299, the whole |" in (tmp_path / "x.md").read_text()
     before = (tmp_path / "x.json").read_text()
     positions.main(arguments)
     assert (tmp_path / "x.json").read_text() == before

@@ -3,9 +3,9 @@
     python -m examples.evidence.positions --output docs/results/evidence_positions.json
 
 Windows of each text are read by chunks through a cache; losses, processor time and the bytes of the cache are noted by
-position. Forms are compared window by window: the ratio of perplexities is that of the mean difference of losses, with
-a bootstrap interval over windows. Each window is written when it is read and none is read twice. Beside the JSON file
-lie the plot, .png, and the table, .md. `--scale gpu` reads to four times the native context of SmolLM2 (8,192 tokens).
+position. Forms are compared window by window, by bucket and whole: the ratio of perplexities is that of the mean
+difference of losses, with a bootstrap interval over windows. No window is read twice. Beside the JSON file lie the
+plot, .png, and the table, .md. `--scale gpu` reads to four times the native context of SmolLM2 (8,192 tokens).
 """
 
 import argparse
@@ -92,8 +92,15 @@ def interval(differences: dict[str, list[float]]) -> dict[str, float]:
     return {"ratio": math.exp(middle), "low": low, "high": high}
 
 
+def parts_of(record: dict) -> list[dict]:
+    """The buckets of a window, and the whole of it."""
+    buckets = record["buckets"]
+    return [*buckets, {"start": 0, "end": buckets[-1]["end"], "loss": record["loss"]}]
+
+
 def summarize(records: list[dict]) -> list[dict]:
-    """Per text ("all texts" last), bucket and form: perplexity, and its ratio to dense with an interval.
+    """Per text ("all texts" last), bucket, then the whole window, and form: perplexity, and its ratio to dense with an
+    interval.
 
     Only windows that every form has read count.
     """
@@ -105,15 +112,17 @@ def summarize(records: list[dict]) -> list[dict]:
     texts, rows = sorted({text for text, _ in whole}), []
     for text in [*texts, None] if len(texts) > 1 else texts:
         windows = [(name, found) for (name, _), found in whole.items() if text in (name, None)]
-        for i, bucket in enumerate(windows[0][1][forms[0]]["buckets"]):
-            row = {"text": text or "all texts", "start": bucket["start"], "end": bucket["end"], "windows": len(windows)}
+        parts = parts_of(windows[0][1][forms[0]])
+        for i, part in enumerate(parts):
+            row = {"text": text or "all texts", "start": part["start"], "end": part["end"], "windows": len(windows)}
+            row["whole"] = i == len(parts) - 1
             for form in forms:
-                losses = [found[form]["buckets"][i]["loss"] for _, found in windows]
+                losses = [parts_of(found[form])[i]["loss"] for _, found in windows]
                 row[form] = {"perplexity": math.exp(sum(losses) / len(losses))}
                 if "dense" in forms and form != "dense":
                     differences: dict[str, list[float]] = {}
                     for (name, found), loss in zip(windows, losses):
-                        differences.setdefault(name, []).append(loss - found["dense"]["buckets"][i]["loss"])
+                        differences.setdefault(name, []).append(loss - parts_of(found["dense"])[i]["loss"])
                     row[form] |= interval(differences)
             rows.append(row)
     return rows
@@ -130,7 +139,8 @@ def table(rows: list[dict], costs: dict[str, dict]) -> str:
             )
             for form in forms
         ]  # fmt: skip
-        lines.append([row["text"], f"{row['start']:,} to {row['end']:,}", str(row["windows"]), *cells])
+        read = f"{row['start']:,} to {row['end']:,}" + ", the whole" * row.get("whole", False)
+        lines.append([row["text"], read, str(row["windows"]), *cells])
     for name, digits in (("ms per token in the last chunk", 2), ("CPU seconds per window", 1), ("cache, MiB", 1)):
         lines.append([f"{name} | |", *(f"{costs[form][name]:.{digits}f}" for form in forms)])  # two cells are empty
     return markdown_table(["text", "tokens read before", "windows", *forms], lines)
@@ -153,7 +163,8 @@ def costs_of(records: list[dict]) -> dict[str, dict]:
 
 def draw(result: dict, path: Path) -> None:
     """Ratio to dense by position with intervals, time per token and size of the cache by position."""
-    rows = [row for row in result["summary"] if row["text"] == result["summary"][-1]["text"]]
+    last = result["summary"][-1]["text"]
+    rows = [row for row in result["summary"] if row["text"] == last and not row.get("whole")]
     figure, (quality, speed, memory) = new_figure(3)
     middles = [(row["start"] + row["end"]) / 2 for row in rows]
     for i, form in enumerate(result["costs"]):
