@@ -365,7 +365,7 @@ def test_the_document_shows_the_tables_of_the_records():
     found, written = records["positions"]
     assert positions.table(found["summary"], found["costs"]) == written
     found, written = records["runtime"]
-    assert runtime.table(found["rows"], budget=30) == written
+    assert runtime.table(found["rows"], budget=60) == written
     for name in ("adaptation", "adaptation_gpu"):
         found, written = records[name]
         assert adaptation.table(found["summary"], found["settings"]["lengths"]) == written
