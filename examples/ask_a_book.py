@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--length", type=int, default=16384, help="tokens of the text, at most")
     parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="default: for facts that are planted in the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
-    parser.add_argument("--passages", type=int, default=4, help="to read again for a question; 0: ask the memory alone")
+    parser.add_argument("--passages", type=int, default=2, help="to read again for a question; 0: ask the memory alone")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--reach", type=int, help="tokens before a chunk to choose among while reading; default: all")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")

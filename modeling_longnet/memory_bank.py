@@ -191,7 +191,7 @@ class MemoryBank:
         template: str = TEMPLATE,
         nothing: str = NOTHING,
         candidates: int = 16,
-        passages: int = 4,
+        passages: int = 2,
         around: int = 16,
         **generation,
     ) -> Answer:
