@@ -3,6 +3,7 @@
 Letters: G key/value heads, D head dimension, R channels that turn.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -108,5 +109,5 @@ def attach_memories(calls: list[AttentionCall], spec: MemorySpec | None, found: 
     for call in calls if spec is not None else ():
         if call.module.layer_idx in found and spec.reads_in(call.module.layer_idx):
             setattr(call.module, LAYER_MEMORY, found[call.module.layer_idx])
-            undo.append(lambda module=call.module: delattr(module, LAYER_MEMORY))
+            undo.append(functools.partial(delattr, call.module, LAYER_MEMORY))  # copied and pickled with the module
     return undo

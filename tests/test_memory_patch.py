@@ -1,6 +1,7 @@
 """Patched models with a memory: they find what they have read, in one forward and with a cache, and laws hold."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -307,6 +308,16 @@ def test_undone_it_is_the_original(model):
     unpatch_model(model)
     assert torch.equal(logits(model, text), logits(tiny_llama(), text))
     assert not any("memory" in name for module in model.modules() for name in vars(module))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_duplicate_is_the_same_model_and_is_undone_alone(duplicate, model):
+    text, expected = tokens(80), logits(model, tokens(80))
+    other = duplicate(model)
+    assert torch.equal(logits(other, text), expected)
+    assert torch.equal(logits(unpatch_model(other), text), logits(tiny_llama(), text))
+    assert torch.equal(logits(model, text), expected)
+    assert torch.equal(logits(with_memory("alone", other), text), logits(with_memory("alone"), text))
 
 
 def test_without_a_memory_settings_and_numbers_are_as_before():
