@@ -51,11 +51,22 @@ def _config_hash(config) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _active_adapters(model: PreTrainedModel) -> str:
+    """What PEFT's layers make of weights that are the same whichever adapters are switched on."""
+    told = [
+        (name, module.disable_adapters, list(module.active_adapters), getattr(module, "scaling", None))
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "disable_adapters", None), bool)  # of a whole model it is a method
+    ]
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
+
+
 def _told_of(model: PreTrainedModel) -> dict[str, str]:
     """What a state says of the model that it belongs to."""
     return {
         "schedule": json.dumps(DilationSchedule.from_config(model.config).as_arguments()),
         "model": model_fingerprint(model),
+        "adapters": _active_adapters(model),
         "memory": bases_fingerprint(model),
         "config": _config_hash(model.config),
     }
@@ -87,6 +98,8 @@ def save_cache(path: str | Path, cache: DilatedCache, model: PreTrainedModel, **
     folder, path = cache.folder, Path(path)
     if folder is not None and path.resolve() != folder.path.resolve():
         raise ValueError(f"`path` must be the folder of `cache`, {folder.path}, got {path}.")
+    if folder is None and path.is_dir():
+        raise ValueError(f"`path` must be a file, unless `cache` was made with store='disk', got the folder {path}.")
     tensors = {"positions": cache.positions, "seen": cache.seen}
     tensors |= {f"extra.{name}": value for name, value in extra.items()}
     for index, layer in enumerate(cache.dilated_layers):
@@ -146,7 +159,7 @@ def read_state(path: Path, model: PreTrainedModel | None, format: str) -> tuple[
 
 
 def check_fingerprints(path: Path, metadata: dict, model: PreTrainedModel) -> None:
-    """Refuses a state of another schedule, of other weights, or of other dimensions to rank in."""
+    """Refuses a state of another schedule, of other weights or adapters, or of other dimensions to rank in."""
     wanted = _told_of(model)
     told = wanted | metadata  # older states say less
     if told["schedule"] != wanted["schedule"]:
@@ -155,6 +168,8 @@ def check_fingerprints(path: Path, metadata: dict, model: PreTrainedModel) -> No
         )
     if told["model"] != wanted["model"]:
         raise ValueError(f"{path} was written with another model, or with other weights of this one.")
+    if told["adapters"] != wanted["adapters"]:
+        raise ValueError(f"{path} was written with other adapters switched on, or with none.")
     if told["config"] != wanted["config"]:
         raise ValueError(
             f"{path} was written with another configuration of this model (rotary frequencies, sizes, ...)."

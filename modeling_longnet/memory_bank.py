@@ -33,7 +33,7 @@ from .dilated_cache_file import (
 from .dilated_memory_layer import MemoryLayer
 from .dilation_schedule import DilationSchedule, as_integer
 from .memory_pages import STATE_NAME, StoreFolder
-from .memory_passages import NOTHING, TEMPLATE, Answer, Passage, ask, find_passages, rank_passages
+from .memory_passages import NOTHING, TEMPLATE, Answer, Passage, as_tokens, ask, find_passages, rank_passages
 from .memory_store import BankedStore, RowFiles, make_store
 from .streaming import evaluating, interrupts_noted
 from .transformers_compat import named_cache
@@ -58,6 +58,9 @@ class MemoryBank:
     def __len__(self) -> int:
         """Tokens."""
         return len(self.input_ids)
+
+    def __reduce__(self):  # opened anew: its pages are files
+        return self.open, (self.folder.path,)
 
     @classmethod
     def open(cls, path: str | Path) -> "MemoryBank":
@@ -133,14 +136,11 @@ class MemoryBank:
         for name, value in (("chunk_size", chunk_size), ("save_every", save_every)):
             if as_integer(value) is None or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        *starts, total = accumulate((len(x) for x in documents), initial=0)
+        pieces = [as_tokens("documents", x, model, least=0) for x in documents]
+        *starts, total = accumulate(map(len, pieces), initial=0)
         if not total:
             raise ValueError("`documents` must hold at least a token.")
-        ids = torch.cat([torch.as_tensor(x, dtype=torch.long).flatten() for x in documents])
-        words = model.get_input_embeddings().num_embeddings
-        if ids.min() < 0 or ids.max() >= words:
-            wrong = ids[(ids < 0) | (ids >= words)][0]
-            raise ValueError(f"`documents` must hold tokens of the model, 0 to {words - 1}, got {wrong}.")
+        ids = torch.cat(pieces)
         text = {
             "input_ids": ids.int(),
             "document_starts": torch.tensor(starts),

@@ -93,7 +93,7 @@ class StoreFolder:
     """
 
     def __init__(self, path: str | Path, is_new: bool = False, is_bank: bool = False):
-        self.path, self.is_bank, self.committed = Path(path), is_bank, None
+        self.path, self.is_bank, self.committed = Path(path).absolute(), is_bank, None
         self.is_closed = False
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`path` must be a folder, got the file {self.path}.")
@@ -139,6 +139,11 @@ class StoreFolder:
         if self.is_bank:  # read by any number of caches
             return self
         raise ValueError("`cache`: a cache on disk cannot be copied. Copy its folder, and load that.")
+
+    def __reduce__(self):  # the lock is this process's own: another one takes it anew
+        if self.is_bank:
+            return type(self), (self.path, False, True)
+        raise ValueError("`cache`: a cache on disk cannot be pickled. Save it, close it, and load its folder there.")
 
     def __del__(self):
         if getattr(self, "_lock", None) is not None:

@@ -64,18 +64,15 @@ class _Masses:
 
     def __call__(self, call: MemoryCall, query: torch.Tensor, index: Index, far_index: Index) -> None:
         schedule, length = call.schedule, query.shape[2]
-        size, position = schedule.memory.block_size, call.positions(length, query.device)
         far_index = far_index if call.clamps(length) else None
         # A rank of "mean+bound" is two products of a query and a key.
         scale = call.scale / (2 if schedule.memory.rank == "mean+bound" else 1)
-        for part, at in zip(query.split(QUERIES, dim=2), position.split(QUERIES)):
-            count = min(sum(x.shape[2] for x in index), schedule.local_start(int(at[-1])) // size)
-            if not count:
-                continue
+        count = len(self.total)
+        for part, at in zip(query.split(QUERIES, dim=2), call.positions(length, query.device).split(QUERIES)):
             ranks = rank_blocks(call.ranking, part, index, far_index, at, count)
-            hide_ineligible(ranks, schedule, schedule.local_start(at))
-            mass = (ranks.float() * scale).softmax(-1).nan_to_num().mean((1, 2)).sum((0, 1))[: len(self.total)]
-            self.total[: len(mass)] += mass.double().cpu() / length
+            hide_ineligible(ranks, schedule, at, settled=count)  # those in a window too: a text may end with the answer
+            mass = (ranks.float() * scale).softmax(-1).nan_to_num().mean((1, 2)).sum((0, 1))
+            self.total += mass.double().cpu() / length
 
 
 def _mass(model: PreTrainedModel, bank, question: torch.Tensor) -> torch.Tensor:
@@ -89,18 +86,31 @@ def _mass(model: PreTrainedModel, bank, question: torch.Tensor) -> torch.Tensor:
     return torch.stack([layer.watch.total for layer in layers])
 
 
-def _as_question(name: str, tokens) -> torch.Tensor:
-    ids = torch.as_tensor(tokens)
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1 or len(ids) < 2:
-        raise ValueError(f"`{name}` must be at least two tokens in a row, got {ids.dtype} of shape {tuple(ids.shape)}.")
-    return ids.long()
+def as_tokens(name: str, tokens, model: PreTrainedModel, least: int) -> torch.Tensor:
+    """Tokens in a row, [T], int64, on the CPU.
+
+    Raises:
+        ValueError: for what is not that, fewer than `least`, or no tokens of the model.
+    """
+    wanted = f"`{name}` must be tokens in a row, integers, at least {least} of them"
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{wanted}, got {tokens!r:.100}.") from error
+    is_other = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if is_other and ids.numel() or ids.dim() != 1 or len(ids) < least:
+        raise ValueError(f"{wanted}, got {ids.dtype} of shape {tuple(ids.shape)}.")
+    ids, words = ids.long().cpu(), len(model.get_input_embeddings().weight)
+    if len(wrong := ids[(ids < 0) | (ids >= words)]):
+        raise ValueError(f"`{name}` must hold tokens of the model, 0 to {words - 1}, got {wrong[0]}.")
+    return ids
 
 
 @torch.inference_mode()
 def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int = 8, size: int = 64) -> list[Passage]:
     """See [`MemoryBank.find_passages`]."""
-    question, nothing = _as_question("question", question), _as_question("nothing", nothing)
     bank.check(model)
+    question, nothing = (as_tokens(*x, model, 2) for x in (("question", question), ("nothing", nothing)))
     block = DilationSchedule.from_config(model.config).memory.block_size
     if as_integer(count) is None or count < 1:
         raise ValueError(f"`count` must be an integer of at least 1, got {count!r}.")
@@ -121,9 +131,12 @@ def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int
 @torch.inference_mode()
 def rank_passages(model: PreTrainedModel, bank, passages: Sequence[Passage], question, *, around: int) -> list[Passage]:
     """See [`MemoryBank.rank_passages`]."""
-    question, ranked = _as_question("question", question), []
+    question, ranked = as_tokens("question", question, model, 2), []
     if as_integer(around) is None or around < 0:
         raise ValueError(f"`around` must be an integer of at least 0, got {around!r}.")
+    for passage in passages:
+        if not 0 <= passage.start < passage.stop <= len(bank):
+            raise ValueError(f"`passages` must lie in the bank's {len(bank)} tokens, got {passage}.")
     with evaluating(model):
         for passage in passages:
             ids = torch.cat([passage.cut(bank.input_ids, around), question])[None].to(model.device)

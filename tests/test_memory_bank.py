@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import pickle
 import shutil
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from test_memory_patch import TOLERANCE, logits, read, recall_cases, recall_model, tiny_llama, tokens, with_memory
 from tiny_models import tiny_config
 
-from modeling_longnet import DilatedCache, LongNetForCausalLM, MemoryBank, calibrate_memory, patch_model
+from modeling_longnet import DilatedCache, LongNetForCausalLM, MemoryBank, Passage, calibrate_memory, patch_model
 from modeling_longnet.memory_bank import start_cache
 from modeling_longnet.memory_pages import STATE_NAME
 from modeling_longnet.transformers_compat import named_cache
@@ -126,6 +128,13 @@ def test_generate_goes_on_behind_a_bank(model, tmp_path, options):
     assert torch.equal(model.generate(prompt, **settings, **named_cache(cache)), expected)
 
 
+def test_generate_refuses_the_question_without_the_bank_before_it(tmp_path):
+    model = with_memory("clamped")
+    bank = make_bank(model, tmp_path / "bank")
+    with pytest.raises(ValueError, match="`input_ids` must begin with the 90 tokens .* got 12"):
+        model.generate(tokens(12), max_new_tokens=3, **named_cache(bank.start_cache(model)))
+
+
 def test_a_book_is_read_once_and_asked_many_times(tmp_path):
     model, pairs, questions = recall_model()
     texts, answers = recall_cases(pairs, questions, count=3)
@@ -191,6 +200,46 @@ def test_a_bank_of_another_model_is_refused(tmp_path):
         bank.start_cache(other)
 
 
+def test_a_bank_of_other_adapters_is_refused(tmp_path):
+    """Their weights stand in the model whether they are switched on or not."""
+    peft = pytest.importorskip("peft")
+    config, text = peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False), tokens(LENGTH + 9)
+    model = peft.get_peft_model(with_memory("clamped"), config).eval()
+    model.add_adapter("second", config)
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        bank = make_bank(model, tmp_path / name, LENGTH)
+        told = read(model, text[:, LENGTH:], [9], bank.start_cache(model))[0]
+        expected = logits(model, torch.cat([bank.input_ids[None], text[:, LENGTH:]], dim=1))[:, LENGTH:]
+        torch.testing.assert_close(told, expected, **TOLERANCE)
+    with model.disable_adapter(), pytest.raises(ValueError, match="adapters"):
+        bank.start_cache(model)
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="adapters"):
+        bank.find_passages(model, text[0, :5], text[0, 5:9])
+    MemoryBank.open(tmp_path / "second").start_cache(model)
+
+
+def test_a_pickled_bank_is_opened_anew(tmp_path, monkeypatch):
+    """Nothing of the first one goes with it: neither its pages nor its lock, which belongs to a process."""
+    model, question = with_memory("clamped"), tokens(9)
+    monkeypatch.chdir(tmp_path)
+    bank = make_bank(model, "bank", 600)
+    monkeypatch.chdir("/")
+    bank.start_cache(model)
+    pickled = pickle.dumps(bank)
+    assert len(pickled) < 1000
+    expected, _ = read(model, question, [9], bank.start_cache(model))
+    other = pickle.loads(pickled)
+    assert torch.equal(read(model, question, [9], other.start_cache(model))[0], expected)
+    lock = bank.folder._lock
+    del other
+    assert bank.folder._lock == lock and os.fstat(lock)
+    on_disk = DilatedCache(model.config, store="disk", path=tmp_path / "own")
+    with pytest.raises(ValueError, match="pickled"):
+        pickle.dumps(on_disk)
+
+
 def test_what_a_folder_says_is_not_trusted(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -243,9 +292,10 @@ def test_a_longnet_reads_a_bank(tmp_path):
 @pytest.mark.parametrize("documents, said", [
     ([], "at least a token"), ([[], []], "at least a token"), ([[1, 2, 300]], "0 to 96, got 300"),
     ([[1], [-1]], "0 to 96, got -1"),
+    ([1, 2], "in a row"), ([torch.ones(1, 5, dtype=torch.long)], "in a row"), ([[0.5, 1.5]], "float32"), ("ab", "'a'"),
 ])  # fmt: skip
 def test_documents_without_tokens_of_the_model_are_refused(documents, said, tmp_path):
-    with pytest.raises(ValueError, match=f"`documents` must hold .*{said}"):
+    with pytest.raises(ValueError, match=f"`documents` must .*{said}"):
         MemoryBank.from_tokens(with_memory("alone"), documents, tmp_path / "bank", progress=False)
     assert not (tmp_path / "bank").exists()
 
@@ -272,7 +322,7 @@ def recall_bank(path, at: int, length: int = 400):
     return MemoryBank.from_tokens(model, [text], path, chunk_size=64, progress=False), model, questions
 
 
-@pytest.mark.parametrize("at", [6, 150, 301])
+@pytest.mark.parametrize("at", [6, 150, 301, 390])
 def test_the_passage_that_a_question_is_about_is_found(tmp_path, at):
     bank, model, questions = recall_bank(tmp_path / "bank", at)
     about, nothing = ([questions[i].item()] * 2 for i in (0, 1))
@@ -334,12 +384,16 @@ def test_passages_that_make_no_sense_are_refused(tmp_path):
     bank, model, questions = recall_bank(tmp_path / "bank", 9)
     about = [questions[0].item()] * 2
     for word, question, options in (
-        ("question", about[:1], {}), ("question", [0.5, 1.5], {}), ("question", [about], {}),
+        ("question", about[:1], {}), ("question", [0.5, 1.5], {}), ("question", [about], {}), ("question", "Who?", {}),
+        ("question", [1, 10**6], {}), ("question", {"input_ids": about}, {}),
         ("count", about, {"count": 0}), ("size", about, {"size": 6}), ("size", about, {"size": 2}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{word}`"):
             bank.find_passages(model, question, about, **options)
     with pytest.raises(ValueError, match="`around`"):
         bank.rank_passages(model, [], about, around=-1)
+    for start, stop in ((5, 5), (400, 416), (-5, 11)):
+        with pytest.raises(ValueError, match="`passages`"):
+            bank.rank_passages(model, [Passage(start, stop, 0.0)], about)
     with pytest.raises(ValueError, match="another schedule"):
         bank.find_passages(with_memory("alone"), about, about)

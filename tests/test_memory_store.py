@@ -302,6 +302,8 @@ def test_what_is_damaged_foreign_or_in_use_is_refused(tmp_path):
             file.truncate(400)
         with pytest.raises(ValueError, match="cut off"):
             load_cache(tmp_path / name, model)
+    with pytest.raises(ValueError, match="must be a file"):
+        save_cache(tmp_path / "pages", read(model, tokens(20), [20])[1], model)
     state = tmp_path / "pages" / STATE_NAME
     state.write_bytes(state.read_bytes()[:-9])
     with pytest.raises(ValueError, match="damaged"):
