@@ -14,13 +14,14 @@ from .transformers_compat import has_own_loss, is_tracing
 
 
 CHUNK_ELEMENTS = 2**23  # of a chunk's logits: 32 MiB in float32
+FLOAT16_SUM = 2**12  # of a chunk's gradients in float16, at most: far from its end, and those of rare words from zero
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, targets, scale, ignore_index):
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        rows, factor = max(1, CHUNK_ELEMENTS // weight.shape[0]), scale
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
         # In float32, as many small contributions would vanish in a sum of half precision.
@@ -35,21 +36,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss.detach()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = torch.autograd.grad(loss, logits, scale)[0].to(product.dtype)
+            if product.dtype == torch.float16:  # whose loss is scaled afterwards, so that gradients do not vanish
+                factor = torch.full_like(scale, FLOAT16_SUM / rows)
+            grad = torch.autograd.grad(loss, logits, factor)[0].to(product.dtype)
             if needs_hidden:
                 grad_hidden[start : start + rows] = grad @ weight.to(product.dtype)
             if needs_weight:
                 grad_weight += grad.mT @ hidden.to(product.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, None if factor is scale else scale / factor)
         ctx.weight_dtype = weight.dtype
         return total * scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, rest = ctx.saved_tensors
+        if rest is not None:  # infinite where nothing counts, and all gradients are zero
+            grad = grad * rest.nan_to_num(posinf=0.0)
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+            grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
@@ -110,7 +115,7 @@ class LanguageModelHead:
             )
         if not has_targets or not able or not (self.training if skip_logits is None else skip_logits):
             logits = self.lm_head(hidden_states)
-            if labels is None:
+            if not has_targets:
                 return None, logits
             return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs), logits
         ignore_index = kwargs.get("ignore_index", -100)

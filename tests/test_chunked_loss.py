@@ -51,6 +51,31 @@ def test_chunked_equals_whole(tokens, num_items, dtype):
         assert ours <= max(2 * plain, bound * float(expected.detach().abs().clamp(min=1)))
 
 
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_gradients_in_float16_do_not_vanish_under_a_scaled_loss(is_autocast):
+    """As a `GradScaler` does it: probabilities of many words, over many tokens, are too small for float16 alone."""
+    words, tokens, scale = 4000, 3000, 2**15
+    targets = torch.randint(0, words, (tokens,))
+    exact = [torch.randn(tokens, 32).double().requires_grad_(), (torch.randn(words, 32) / 20).double().requires_grad_()]
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(exact[0] @ exact[1].mT, targets), exact)
+    errors = []
+    for function in (chunked_cross_entropy, whole):
+        given = [x.detach().to(torch.float32 if is_autocast else torch.float16).requires_grad_() for x in exact]
+        with torch.autocast("cpu", torch.float16, enabled=is_autocast):
+            loss = function(*given, targets)
+        grads = torch.autograd.grad(loss * scale, given)
+        errors.append([((g.double() / scale - x).norm() / x.norm()).item() for g, x in zip(grads, expected)])
+    for ours, plain in zip(*errors):
+        assert ours <= 2 * plain < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_where_no_target_counts_gradients_are_zero(dtype):
+    hidden, weight = (torch.randn(x, 32).to(dtype).requires_grad_() for x in (9, 61))
+    loss = chunked_cross_entropy(hidden, weight, torch.full((9,), -100))
+    assert loss.isnan() and not any(g.any() for g in torch.autograd.grad(loss, (hidden, weight)))  # as whole logits do
+
+
 def causal(**changes) -> LongNetForCausalLM:
     return LongNetForCausalLM(tiny_config(**changes)).train()
 
@@ -85,7 +110,10 @@ def test_logits_are_given_where_they_may_be_wanted():
     assert model(ids).logits is not None
     assert model(ids, labels=ids, skip_logits=False).logits.shape == (2, 9, 61)
     assert model.eval()(ids, labels=ids).logits is not None
-    out = model(ids, labels=ids, skip_logits=True)
+    out = model(ids, shift_labels=ids)  # without others
+    assert out.logits is not None
+    assert_close(out.loss, model.train()(ids, shift_labels=ids).loss)
+    out = model.eval()(ids, labels=ids, skip_logits=True)
     assert out.logits is None
     assert_close(out.loss, model(ids, labels=ids).loss)
 
