@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_kernels import Kernel, choose_backend, get_kernel, refuse_tangents
+from .attention_kernels import Kernel, choose_backend, get_kernel, own_precision, refuse_tangents
 from .dilation_plan import Block, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
 
@@ -257,7 +257,8 @@ class BlockAttention(torch.autograd.Function):
         width, dtype = query.shape[-1], query.dtype
         grad, query, key, value, out = with_lse_gradient(grad, grad_lse, query, key, value, out)
         grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
-        ctx.way.backward(grad, query, key, value, out, lse, grads, *kept)
+        with own_precision(query):
+            ctx.way.backward(grad, query, key, value, out, lse, grads, *kept)
         return None, *(g[..., :width].to(dtype) for g in grads), *(None for _ in ctx.needs_input_grad[4:])
 
 

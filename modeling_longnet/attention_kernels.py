@@ -6,6 +6,7 @@ over more keys than the block's own; dS = P * (dP - rowsum(dO * O)) with P = exp
 the gradient of the whole softmax.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -25,13 +26,22 @@ HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def _is_autocast(device_type: str) -> bool:
+    # Asked for the meta device, PyTorch raises; whether it can be asked, PyTorch 2.11 cannot compile.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the dtype that autocast gives to products, where it is on; float64 stays as it is."""
     device_type = tensors[0].device.type
-    # Asked for the meta device, PyTorch raises; whether it can be asked, PyTorch 2.11 cannot compile.
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+    if not _is_autocast(device_type) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
+
+
+def own_precision(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """While open, autocast leaves products in the dtype of their factors: for what `as_autocast` was asked before."""
+    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x.device.type) else contextlib.nullcontext()
 
 
 class Kernel(Protocol):

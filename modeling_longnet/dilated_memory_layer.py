@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from .attention_kernels import choose_backend
+from .attention_kernels import choose_backend, own_precision
 from .dilated_cache_layer import DilatedLayer, Step
 from .dilation_schedule import Heads
 from .memory_attention import MemoryCall, attend_memory, attend_stored, choose_indexed
@@ -49,6 +49,10 @@ class MemoryLayer(DilatedLayer):
         self.dtype, self.device, self.batch_size = shape.dtype, shape.device, shape.batch
         self.heads = self.heads or self.heads_of(shape.groups)
         self.is_initialized = True
+
+    def attend(self, step: Step, query, key, value, scale: float, backend: str | None) -> torch.Tensor:
+        with own_precision(query):
+            return super().attend(step, query, key, value, scale, backend)
 
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
         if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint or self.reach is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, empty_accumulator, merge_attentions
-from .attention_kernels import get_kernel
+from .attention_kernels import get_kernel, own_precision
 from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
 from .memory_pieces import PieceAttention, Stretch
@@ -300,7 +300,8 @@ def attend_documents(
             continue
         call = MemoryCall(ranking, first - start, heads, scale, backend)
         q, k = slice(first - query_offset, last - query_offset), slice(start, last)
-        part = attend_memory(call, query[rows, :, q], key[rows, :, k], value[rows, :, k], dropout=dropout)
+        with own_precision(query):
+            part = attend_memory(call, query[rows, :, q], key[rows, :, k], value[rows, :, k], dropout=dropout)
         if part[0].shape == query.shape:
             return part
         parts.append((rows, q, *part))

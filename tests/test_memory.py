@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_longnet import memory_attention, memory_search
-from modeling_longnet.dilated_attention import dilated_attention
+from modeling_longnet.dilated_attention import dilated_attention, scheduled_attention
 from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 from modeling_longnet.memory_attention import MemoryCall, attend_memory, choose
 from modeling_longnet.memory_pieces import PieceAttention
@@ -87,6 +87,25 @@ def test_lower_precisions_err_at_most_twice_as_much_as_the_naive_path(dtype):
     assert out.dtype == dtype
     bound = 1e-5 if dtype == torch.float32 else 2 * (plain.double() - exact).abs().max().item()
     assert (out.double() - exact).abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "pieces"])
+def test_autocast_rounds_what_comes_in_and_nothing_else(name, backend, monkeypatch):
+    """Ranks, logits and sums stay in float32, whether the backward runs under autocast or not."""
+    if backend == "pieces":
+        monkeypatch.setattr(memory_attention, "part_attention", lambda device: PieceAttention)
+    tensors, schedule = make_tensors(130, dtype=torch.float32), make_schedule(name)
+    rounded, grads = [x.detach().bfloat16().requires_grad_() for x in tensors], []
+    expected = scheduled_attention(*rounded, schedule, inv_freq=INV_FREQ)
+    for given, is_inside in ((rounded, None), (tensors, False), (tensors, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_inside is not None):
+            out = scheduled_attention(*given, schedule, inv_freq=INV_FREQ)
+            grads += [torch.autograd.grad(out.float().square().sum(), given)] if is_inside else []
+        grads += [] if is_inside else [torch.autograd.grad(out.float().square().sum(), given)]
+        assert torch.equal(out, expected)
+    for got in grads[1:]:
+        assert all(torch.equal(a.float(), b) for a, b in zip(grads[0], got))
 
 
 @pytest.mark.parametrize("name", CASES)

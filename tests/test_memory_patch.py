@@ -279,6 +279,19 @@ def test_half_precision_reads_as_well_as_the_naive_path():
     assert errors[0] <= 2 * errors[1] < 1
 
 
+def test_under_autocast_a_text_is_read_as_well_as_by_the_naive_path(model):
+    text, errors = tokens(120), {}
+    exact = logits(model, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = {"whole": logits(model, text), "pieces": read(model, text, [60, 1, 1, 58])[0]}
+        model.config.dilated_attention["backend"] = "eager"
+        outs["naive"] = logits(model, text)
+        assert model.generate(text, max_new_tokens=3, attention_mask=torch.ones_like(text)).shape == (1, 123)
+    for name, out in outs.items():
+        errors[name] = (out.float() - exact).abs().mean().item()
+    assert max(errors.values()) <= 2 * errors["naive"] < 1
+
+
 # What travels
 
 
