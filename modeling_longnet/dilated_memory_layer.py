@@ -17,7 +17,7 @@ from .dilation_schedule import Heads
 from .memory_attention import MemoryCall, attend_memory, attend_stored, choose_indexed
 from .memory_pages import StoreFolder
 from .memory_positions import anchor
-from .memory_search import Ranking
+from .memory_search import Ranking, outside_graphs
 from .memory_step import attend_step
 from .memory_store import Shape, Store, make_store
 
@@ -50,6 +50,7 @@ class MemoryLayer(DilatedLayer):
         self.heads = self.heads or self.heads_of(shape.groups)
         self.is_initialized = True
 
+    @outside_graphs
     def attend(self, step: Step, query, key, value, scale: float, backend: str | None) -> torch.Tensor:
         with own_precision(query):
             return super().attend(step, query, key, value, scale, backend)
@@ -70,8 +71,6 @@ class MemoryLayer(DilatedLayer):
         return attend_step(self.ranking, query, self.store.gather, self.heads.num_kv_heads, *indices, position, scale)
 
     def _prepare(self) -> None:
-        if torch.compiler.is_compiling():
-            raise ValueError("`memory` does not run under `torch.compile` yet: its choice depends on values.")
         if self.ranking is None:
             self.ranking = Ranking(self.schedule)
 

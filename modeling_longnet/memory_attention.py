@@ -18,7 +18,7 @@ from .memory_pieces import PieceAttention, Stretch
 from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
-from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks
+from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks, outside_graphs
 from .memory_store import Store, StoredKeys, whole_blocks
 
 
@@ -266,6 +266,7 @@ def attend_memory(
     return BlockAttention.apply(_WithMemory(call), query, key, value, chosen)
 
 
+@outside_graphs
 def attend_documents(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -287,10 +288,8 @@ def attend_documents(
         out [B, H, Q, D], lse [B, H, Q]; zeros and -inf for queries in no document.
 
     Raises:
-        ValueError: under `torch.compile`; what [`Ranking`] refuses.
+        ValueError: in a program that is being exported; what [`Ranking`] refuses.
     """
-    if torch.compiler.is_compiling():
-        raise ValueError("`memory` does not run under `torch.compile` yet: its choice depends on values.")
     ranking = Ranking(schedule, inv_freq, basis)
     length = query.shape[2]
     parts = []

@@ -6,7 +6,9 @@ upper and lower bounds u and l, q m + sum max(q u, q l) = q+ (m + u) + q- (m + l
 Letters: B batch, H query heads, G key/value heads, Q query tokens, N key tokens, n blocks, D head dimension.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +30,22 @@ TILE_SIZE = 2**22  # ranks that are held at once
 NO_BLOCK = -1
 MANY_ROWS = 4096  # of queries: a CPU multiplies them faster by an index that it has turned round in memory first
 FEW_THREADS = 3  # up to which one that is three times as fast is no slower
+
+
+def outside_graphs(function: Callable) -> Callable:
+    """The function as it is, between the graphs of a compiled model: which blocks are chosen depends on values.
+
+    Raises:
+        ValueError: in a program that is being exported, which is one graph.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if torch.compiler.is_exporting():
+            raise ValueError("`memory` cannot be exported: its choice of blocks depends on values.")
+        return function(*args, **kwargs)
+
+    return torch.compiler.disable(run, reason="a memory's choice of blocks depends on values")
 
 
 def _rank_dtype(dtype: torch.dtype) -> torch.dtype:

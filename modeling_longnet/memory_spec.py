@@ -84,14 +84,13 @@ class MemorySpec:
         """
         if isinstance(settings, cls):
             return settings
-        names = [f.name for f in fields(cls)]
-        if not isinstance(settings, dict) or not set(settings) <= set(names):
-            raise ValueError(f"`memory` must be a dictionary with some of {', '.join(names)}, got {settings!r}.")
+        if not isinstance(settings, dict) or not set(settings) <= set(_FIELDS):
+            raise ValueError(f"`memory` must be a dictionary with some of {', '.join(_FIELDS)}, got {settings!r}.")
         return cls(**settings)
 
     def to_dict(self) -> dict:
         """Plain JSON, of which `from_dict` makes the same memory."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        settings = {name: getattr(self, name) for name in _FIELDS}
         return settings | {"layers": None if self.layers is None else list(self.layers)}
 
     def reads_in(self, layer_idx: int) -> bool:
@@ -104,3 +103,6 @@ class MemorySpec:
             return 0 if position < dense_start else max(0, position - window + 1) // self.block_size * self.block_size
         start = (position - window + 1).clamp(min=0) // self.block_size * self.block_size
         return start.masked_fill(position < dense_start, 0)
+
+
+_FIELDS = tuple(field.name for field in fields(MemorySpec))

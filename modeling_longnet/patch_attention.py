@@ -19,6 +19,7 @@ from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule, Heads
 from .document_ids import check_position_ids, reorder, restore_order
 from .memory_positions import anchor
+from .memory_search import outside_graphs
 from .patch_mask import (
     EARLIER,
     GIVEN,
@@ -163,6 +164,7 @@ def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
         )
 
 
+@outside_graphs
 def _layer_memory(module: torch.nn.Module, order: torch.Tensor | None, heads: Heads):
     """What a layer with a memory knows for it: a `LayerMemory`."""
     memory = getattr(module, LAYER_MEMORY, None)

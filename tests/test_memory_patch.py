@@ -381,26 +381,50 @@ def test_dimensions_that_were_never_calibrated_are_refused():
         calibrate_memory(patch_model(tiny_llama(), [8], [1]), tokens(40)[0])
 
 
-def test_exports_and_compiled_models_are_refused(tmp_path):
+def test_exports_and_single_graphs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dimensions"):
         export_patched_model(with_memory("few-dimensions"), tmp_path)
-    compiled = torch.compile(with_memory("alone"), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="memory"):
-        logits(compiled, tokens(40))
+    model, text = with_memory("alone"), tokens(40)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="a memory's choice of blocks depends on values"):
+        logits(compiled, text)
+    with pytest.raises(ValueError, match="`memory` cannot be exported"):
+        torch.export.export(model, (text,), {"use_cache": False}, strict=False)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own, between graphs
+@pytest.mark.parametrize("name", ["beside-dilated", "clamped", "longnet"])
+def test_a_compiled_model_reads_with_its_memory_between_the_graphs(name):
+    torch._dynamo.reset()
+    model = longnet("xpos") if name == "longnet" else with_memory(name)
+    compiled, text, grads = torch.compile(model, backend="eager"), tokens(60), []
+    for one in (model, compiled):
+        model.zero_grad()
+        one(input_ids=text, labels=text, use_cache=False).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(grads[1], grads[0], **TOLERANCE)
+    padded = torch.nn.functional.pad(text, (7, 0))
+    out = logits(compiled, padded, attention_mask=(padded > 0).long())[:, 7:]
+    torch.testing.assert_close(out, logits(model, text), **TOLERANCE)
+    torch.testing.assert_close(read(compiled, text, [40, 1, 19], DilatedCache(model.config))[0], out, **TOLERANCE)
 
 
 # A LongNet of its own
 
 
-@pytest.mark.parametrize("kind", ["rope", "xpos", "learned", "none"])
-def test_a_longnet_has_a_memory_of_its_own(kind, tmp_path):
+def longnet(kind: str) -> LongNetForCausalLM:
     torch.manual_seed(0)
     config = tiny_config(
         position_embedding_type=kind, segment_lengths=[8, 32], dilation_rates=[1, 4], overlap="once", local="sliding",
         num_sink_tokens=2, num_key_value_heads=2, memory={"block_size": 4, "top_k": 3, "layers": [1]},
-        initializer_range=0.2,
+        initializer_range=0.2, vocab_size=97,
     )  # fmt: skip
-    model, text = LongNetForCausalLM(config).eval(), torch.randint(3, 61, (2, 100))
+    return LongNetForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["rope", "xpos", "learned", "none"])
+def test_a_longnet_has_a_memory_of_its_own(kind, tmp_path):
+    model, text = longnet(kind), tokens(100, batch=2)
     expected = logits(model, text)
     for sizes in ([100], [60, 1, 1, 38], [1]):
         torch.testing.assert_close(read(model, text, sizes)[0], expected, **TOLERANCE)
@@ -408,7 +432,7 @@ def test_a_longnet_has_a_memory_of_its_own(kind, tmp_path):
     torch.testing.assert_close(logits(model, text), expected, **TOLERANCE)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(LongNetForCausalLM.from_pretrained(tmp_path).eval(), text), expected)
-    without = LongNetForCausalLM(copy.deepcopy(config))
+    without = LongNetForCausalLM(copy.deepcopy(model.config))
     without.config.memory = None
     without.load_state_dict(model.state_dict())
     assert not torch.allclose(logits(without.eval(), text), expected, atol=1e-3)
