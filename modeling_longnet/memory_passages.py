@@ -120,7 +120,8 @@ def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int
     if known not in bank.masses:
         bank.masses[known] = _mass(model, bank, nothing)
     masses = torch.stack([_mass(model, bank, question), bank.masses[known]])
-    masses = torch.nn.functional.pad(masses, (0, -masses.shape[-1] % (size // block)))
+    wanted = -(-len(bank) // size) * (size // block)  # the last tokens may be no whole block
+    masses = torch.nn.functional.pad(masses, (0, wanted - masses.shape[-1]))
     masses = masses.unflatten(-1, (-1, size // block)).sum(-1)
     about, beside = (masses + 1 / masses.shape[-1]).log()
     score = (about - beside).mean(0)

@@ -335,6 +335,14 @@ def test_the_passage_that_a_question_is_about_is_found(tmp_path, at):
     assert not any(x.score for x in everything)  # no question is about more than itself
 
 
+@pytest.mark.parametrize("length", [1, 3, 16, 18, 33])
+def test_passages_are_the_whole_text(length, tmp_path):
+    model = with_memory("clamped")
+    bank = MemoryBank.from_tokens(model, tokens(length), tmp_path / "bank", progress=False)
+    found = bank.find_passages(model, tokens(5)[0], tokens(6)[0], count=9, size=16)
+    assert [i for x in found for i in range(x.start, x.stop)] == list(range(length))
+
+
 def test_passages_are_ranked_by_the_likelihood_of_the_question_behind_them(tmp_path):
     model, ids, question = with_memory("alone"), tokens(90)[0], tokens(9)[0]
     bank = MemoryBank.from_tokens(model, [ids], tmp_path / "bank", chunk_size=32, progress=False)
