@@ -92,10 +92,11 @@ def accept_cache(function: Callable) -> Callable:
     return with_either_name
 
 
-# What a forward's `**kwargs` may hold beside what TransformersKwargs names: switches, and what losses read.
+# What a forward's `**kwargs` may hold beside what TransformersKwargs names: switches, what losses read, and what
+# `generate` reads for stop strings and hands on.
 _KNOWN_KEYWORDS = {
     *TransformersKwargs.__annotations__, "use_cache", "return_dict", "labels", "shift_labels", "num_items_in_batch",
-    "ignore_index", "weight", "logits_to_keep",
+    "ignore_index", "weight", "logits_to_keep", "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
 _STATE_WORDS = ("cache", "mask", "past", "position", "state", "memory", "segment", "bias")
 

@@ -122,6 +122,16 @@ def test_constrained_decoding_keeps_its_constraint(case):
     assert word not in generate(case, input_ids, bad_words_ids=[[word]])[:, 40:]
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
+@every_decoder
+def test_a_text_ends_with_its_stop_string(case, options):
+    """For which `generate` wants the tokenizer, and hands it to each forward."""
+    tokenizer, input_ids = ByT5Tokenizer(extra_ids=0), case.inputs()["input_ids"][:1]
+    options = options | {"prefix_allowed_tokens_fn": lambda row, tokens: [3 + ord("ab"[len(tokens) % 7 == 0])]}
+    made = generate(case, input_ids, stop_strings=["aab"], tokenizer=tokenizer, **options)[0, 40:]
+    assert tokenizer.decode(made) == "aab"
+
+
 REMOTE_MODES = {
     "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
     "dola": {"dola_layers": "high"},
