@@ -166,6 +166,12 @@ def ask(
         raise ValueError(f"`template` must have {{passages}} once, and {{question}} behind it, got {template!r}.")
     if as_integer(passages) is None or passages < 1:
         raise ValueError(f"`passages` must be an integer of at least 1, got {passages!r}.")
+    for name, text in (("question", question), ("nothing", nothing)):
+        if not isinstance(text, str):
+            raise ValueError(f"`{name}` must be a text, got {text!r}.")
+    several = {"num_return_sequences", "return_dict_in_generate"} & set(generation)
+    if several:
+        raise ValueError(f"`ask` gives one answer, and does not take `{several.pop()}`.")
 
     def encode(text: str, special: bool = False) -> list[int]:
         return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
@@ -177,9 +183,11 @@ def ask(
     for passage in best:
         prompt += passage.cut(bank.input_ids, around).tolist() + gap
     ids = torch.tensor([prompt + asked], device=model.device)
-    generation = {"max_new_tokens": 64, "do_sample": False} | generation
-    with evaluating(model):
-        said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **generation)
+    if "generation_config" not in generation:
+        length = {} if "max_length" in generation else {"max_new_tokens": 64}
+        generation = {"do_sample": False} | length | generation
+    with evaluating(model):  # stop strings want the tokenizer
+        said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, **generation)
     return Answer(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip(), tuple(best))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_memory_patch import TOLERANCE, logits, read, recall_cases, recall_model, tiny_llama, tokens, with_memory
 from tiny_models import tiny_config
+from transformers import ByT5Tokenizer, GenerationConfig
 
 from modeling_longnet import DilatedCache, LongNetForCausalLM, MemoryBank, Passage, calibrate_memory, patch_model
 from modeling_longnet.memory_bank import start_cache
@@ -383,9 +384,24 @@ def test_a_question_is_answered_from_the_passages_that_it_is_likeliest_behind(tm
     prompt = torch.tensor([sum(parts, []) + asked])
     said = model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
     assert answer.text == encode.decode(said[0, prompt.shape[1] :], True).strip()
-    for wrong in ({"template": "{question} {passages}"}, {"template": "{passages}"}, {"passages": 0}):
+    wrongs = {"template": "{question} {passages}"}, {"template": "{passages}"}, {"passages": 0}, {"nothing": None}
+    for wrong in (*wrongs, {"num_return_sequences": 2}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             bank.ask(model, encode, "who", **wrong)
+
+
+def test_an_answer_ends_where_the_settings_of_generation_say(tmp_path):
+    model, tokenizer = with_memory("alone", tiny_llama(vocab_size=259)), ByT5Tokenizer(extra_ids=0)
+    bank = MemoryBank.from_texts(model, tokenizer, ["Once upon a time " * 9], tmp_path / "bank", progress=False)
+
+    def ask(**settings) -> str:
+        return bank.ask(model, tokenizer, "Who?", **settings).text
+
+    long = ask(max_new_tokens=90)
+    assert ask(generation_config=GenerationConfig(max_new_tokens=90, pad_token_id=0)) == long != ask()
+    assert ask(max_length=2000, max_time=1e-9) == ask(max_new_tokens=1)
+    stop = next(c for c in long if c.isascii() and c.isprintable())
+    assert ask(stop_strings=[stop]) == long[: long.index(stop) + 1]
 
 
 def test_passages_that_make_no_sense_are_refused(tmp_path):
