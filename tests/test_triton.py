@@ -380,6 +380,9 @@ def test_chosen_where_measurements_say_so_and_nowhere_else(monkeypatch):
         assert chosen() and chosen(dtype=torch.float16) and chosen(queries=128)
         assert not chosen(dtype=torch.float32) and not chosen(queries=1) and not chosen(device="cpu")
         assert not chosen(queries=256, length=256)  # one pattern sees all: dense, which PyTorch's kernels do faster
+        with monkeypatch.context() as patch:  # AMD's numbers mean other GPUs
+            patch.setattr(torch.version, "hip", "6.4")
+            assert not chosen()
         capability[0] = (8, 0)
         assert not chosen()
 
