@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_kernels import Kernel, choose_backend, get_kernel, own_precision, refuse_tangents
-from .dilation_plan import Block, Rows, plan_blocks
+from .dilation_plan import Block, Rows, plan_bands, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
 
 
@@ -22,20 +22,28 @@ CPU_CALL_SIZE = 2**20
 Locate = Callable[[Block], Rows | torch.Tensor]
 
 
+def plan_of(kernel: type[Kernel]) -> Callable[..., tuple[Block, ...]]:
+    """`plan_bands` for a kernel that takes bands, else `plan_blocks`."""
+    return plan_bands if hasattr(kernel, "forward_band") else plan_blocks
+
+
 def strided_rows(x: torch.Tensor, heads: slice, rows: Rows, repeats: int, stride: int) -> torch.Tensor:
     """[B, H, N, ...] as the view [B, heads, repeats, rows, ...]: no copy."""
-    x = x[:, heads]
-    batch_stride, head_stride, token_stride, *inner = x.stride()
+    batch, num_heads, _, *inner = x.shape
+    batch_stride, head_stride, token_stride, *inner_strides = x.stride()
+    chosen = range(num_heads)[heads]
     return x.as_strided(
-        (*x.shape[:2], repeats, rows.count, *x.shape[3:]),
-        (batch_stride, head_stride, stride * token_stride, rows.step * token_stride, *inner),
-        x.storage_offset() + rows.start * token_stride,
+        (batch, len(chosen), repeats, rows.count, *inner),
+        (batch_stride, chosen.step * head_stride, stride * token_stride, rows.step * token_stride, *inner_strides),
+        x.storage_offset() + chosen.start * head_stride + rows.start * token_stride,
     )
 
 
 def block_queries(x: torch.Tensor, block: Block, start: int) -> torch.Tensor:
-    """The view of a tensor [B, H, Q, ...] of queries, the first of which has position `start`."""
-    return strided_rows(x, block.heads, block.region.queries.shift(-start), block.repeats, block.stride)
+    """The view of a tensor [B, H, Q, ...] of queries, the first of which has position `start`: [B, heads, repeats,
+    rows, ...], or of a band, with M query heads to one of the keys, [B, heads of keys, repeats, M, rows, ...]."""
+    view = strided_rows(x, block.heads, block.region.queries.shift(-start), block.repeats, block.stride)
+    return view.unflatten(1, (block.kv_heads.stop, -1)).transpose(2, 3) if block.region.kind == "band" else view
 
 
 def _in_order(block: Block) -> Rows:
@@ -106,10 +114,13 @@ def _four_dimensional(*views: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]
     """
     sizes = views[0].shape[:3]
     shortest = min(range(3), key=lambda dim: (sizes[dim], dim))
-    for index in range(sizes[shortest]):
-        slices = tuple(x.select(shortest, index) for x in views)
+    count = views[0].numel() // sizes[shortest]
+    pieces = -(-count // CPU_CALL_SIZE) if views[0].device.type == "cpu" else 1
+    for slices in zip(*(x.unbind(shortest) for x in views)):
+        if pieces == 1:
+            yield slices
+            continue
         longest = max(range(2), key=lambda dim: slices[0].shape[dim])
-        pieces = -(-slices[0].numel() // CPU_CALL_SIZE) if slices[0].device.type == "cpu" else 1
         size = max(1, slices[0].shape[longest] // pieces)
         yield from zip(*(x.split(size, dim=longest) for x in slices))
 
@@ -138,12 +149,12 @@ def merge_attentions(outs: tuple, lses: tuple[torch.Tensor, torch.Tensor]) -> No
 
 
 def _add_band(totals: tuple[torch.Tensor, ...], shares: tuple[torch.Tensor, ...]) -> None:
-    """Adds a band's gradients; the keys of neighbouring bands overlap, half of them do not."""
+    """Adds a band's gradients; the keys of neighbouring bands overlap, as many of them as there are queries do not."""
     totals[0].add_(shares[0])
-    split = totals[0].shape[2] - 1
+    rows = totals[0].shape[-2]
     for total, share in zip(totals[1:], shares[1:]):
-        for half in (slice(split), slice(split, None)):
-            total[:, :, half].add_(share[:, :, half])
+        for part, own in zip(total.split(rows, dim=2), share.split(rows, dim=2)):
+            part.add_(own)
 
 
 def _zeros_lse(block: Block, like: torch.Tensor) -> torch.Tensor:

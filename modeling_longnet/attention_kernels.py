@@ -57,11 +57,12 @@ def _side_by_side(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.contiguous() for x in tensors) if min(x.shape[2] for x in tensors[:2]) >= 128 else tensors
 
 
-def _band_mask(query: torch.Tensor) -> torch.Tensor:
-    """What a band adds to the scores of n queries, [n, 2 n - 1]: query i sees keys i to i + n - 1."""
-    n = query.shape[2]
-    sees = torch.ones(n, 2 * n - 1, dtype=torch.bool, device=query.device).triu_().tril_(n - 1)
-    return query.new_zeros(sees.shape).masked_fill_(~sees, -torch.inf)
+def _band_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """What a band adds to the scores of [M, n] queries and n + W - 1 keys, [M * n, n + W - 1]: query i of each member
+    sees keys i to i + W - 1."""
+    (members, rows), count = query.shape[2:4], key.shape[2]
+    sees = torch.ones(rows, count, dtype=torch.bool, device=query.device).triu_().tril_(count - rows)
+    return query.new_zeros(sees.shape).masked_fill_(~sees, -torch.inf).repeat(members, 1)
 
 
 class CpuFlash:
@@ -74,10 +75,11 @@ class CpuFlash:
 
     @staticmethod
     def forward_band(query, key, value, scale):
-        """n queries, 2 n - 1 keys, of which query i sees i to i + n - 1."""
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=_band_mask(query), scale=scale
+        """Of M query heads together, which share keys: query [B, G, M, n, D], key and value [B, G, n + W - 1, D]."""
+        result = aten._scaled_dot_product_flash_attention_for_cpu(
+            query.flatten(2, 3), key, value, 0.0, False, attn_mask=_band_mask(query, key), scale=scale
         )
+        return tuple(x.unflatten(2, query.shape[2:4]) for x in result)
 
     @staticmethod
     def backward(grad, query, key, value, out, lse, causal, scale):
@@ -88,9 +90,11 @@ class CpuFlash:
 
     @staticmethod
     def backward_band(grad, query, key, value, out, lse, scale):
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, 0.0, False, attn_mask=_band_mask(query), scale=scale
+        together = [x.flatten(2, 3) for x in (grad, query, out, lse)]
+        grad_query, *grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *together[:2], key, value, *together[2:], 0.0, False, attn_mask=_band_mask(query, key), scale=scale
         )
+        return grad_query.unflatten(2, query.shape[2:4]), *grads
 
 
 def _in_whole_widths(run: Callable) -> Callable:

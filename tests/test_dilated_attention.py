@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from operator_cases import random_case
+from operator_cases import Case, random_case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +46,18 @@ def test_equals_the_float64_reference(backend, first_seed):
             got = evaluate(dilated_attention, case, low, grad.to(dtype), backend=backend)
             assert got[0].dtype == dtype
             assert_close(got, wanted, tolerance, (seed, dtype, case))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_a_window_in_bands_equals_the_reference(num_kv_heads):
+    """Windows that are wider than the bands of one plan, with queries left over and others before the first one."""
+    options = {"local": "sliding", "overlap": "once", "num_sink_tokens": 3, "query_offset": 37}
+    case = Case([280, 840], [1, 3], 2, 4, num_kv_heads, 700, 663, 8, options)
+    *tensors, grad = case.tensors()
+    wanted = evaluate(dilated_attention_reference, case, tensors, grad)
+    assert_close(evaluate(dilated_attention, case, tensors, grad), wanted, 1e-10, "float64")
+    got = evaluate(dilated_attention, case, [x.float() for x in tensors], grad.float())
+    assert_close(got, wanted, 1e-5, "float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

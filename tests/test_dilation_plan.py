@@ -5,7 +5,7 @@ import torch
 from operator_cases import random_case
 
 from modeling_longnet.dilated_attention_reference import attention_counts
-from modeling_longnet.dilation_plan import plan_blocks
+from modeling_longnet.dilation_plan import iterate_blocks, plan_bands, plan_blocks
 from modeling_longnet.dilation_schedule import DilationSchedule, Heads
 
 
@@ -16,6 +16,7 @@ def counts_of(blocks, num_heads, query_length, length, query_start):
     for block in blocks:
         kind, q, k = block.region.kind, block.region.queries, block.region.keys
         triangle = {"full": lambda x: x, "causal": torch.tril, "reversed": torch.triu}
+        triangle["band"] = lambda x: x.triu().tril(x.shape[1] - x.shape[0])
         for repeat in range(block.repeats):
             shift = repeat * block.stride
             queries = torch.arange(q.count) * q.step + q.start + shift - query_start
@@ -28,7 +29,7 @@ def counts_of(blocks, num_heads, query_length, length, query_start):
                     zeros[head, queries] += k.count
                 else:
                     assert 0 <= keys.min() and keys.max() < length
-                    assert kind == "full" or q.count == k.count
+                    assert kind in ("full", "band") or q.count == k.count
                     pairs[head][queries[:, None], keys] += triangle[kind](torch.ones(q.count, k.count))
     return pairs, zeros
 
@@ -46,10 +47,13 @@ def test_blocks_equal_the_definition(first_seed):
             schedule, case.num_heads, documents, start, case.query_length, first_head, total
         )
         heads = Heads(case.num_heads, case.num_kv_heads, first_head, total)
-        blocks = plan_blocks(schedule, heads, start, start + case.query_length, case.length)
-        got = counts_of(blocks, case.num_heads, case.query_length, case.length, start)
-        assert torch.equal(counts[0], got[0]), (seed, case)
-        assert torch.equal(zeros[0], got[1]), (seed, case)
+        stop = start + case.query_length
+        plans = {plan: plan(schedule, heads, start, stop, case.length) for plan in (plan_blocks, plan_bands)}
+        plans["bands of 3"] = [*iterate_blocks(schedule, heads, (start, stop), case.length, 3)]
+        for plan, blocks in plans.items():
+            got = counts_of(blocks, case.num_heads, case.query_length, case.length, start)
+            assert torch.equal(counts[0], got[0]), (seed, case, plan)
+            assert torch.equal(zeros[0], got[1]), (seed, case, plan)
 
 
 def test_plan_of_the_papers_schedule_is_small():
