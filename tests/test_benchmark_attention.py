@@ -18,6 +18,14 @@ def test_gathered_rows_are_those_that_the_definition_selects():
         assert torch.equal(rows[:, head].flatten(0, 1), x[0, head, selected])
 
 
+def test_the_kernels_of_a_call_are_those_that_it_makes():
+    qkv = [torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3)]
+    forward, _backward = benchmark.kernels_of(benchmark.operator(qkv, [(70, 1)], True))
+    torch.testing.assert_close(forward()[0].transpose(0, 1), benchmark.dilated_attention(*qkv, [70], [1]))
+    run = benchmark.operator(qkv, [(16, 1)], False, **benchmark.PATCHED)
+    assert len(benchmark.kernels_of(run)) < len(benchmark.kernels_of(run, in_triangles=True))
+
+
 def test_geometric_schedule_covers_the_length_at_the_same_cost_everywhere():
     patterns = geometric_patterns(1_000_000, 2048)
     assert patterns[-1][0] >= 1_000_000 > patterns[-2][0]
@@ -27,7 +35,7 @@ def test_geometric_schedule_covers_the_length_at_the_same_cost_everywhere():
 @pytest.mark.parametrize("mode", list(benchmark.MODES))
 def test_each_mode_leaves_a_record_and_a_figure(mode, tmp_path, monkeypatch):
     monkeypatch.setitem(benchmark.KERNEL_RATIO, "patterns", [(64, 1), (128, 2)])
-    lengths = {"kernel-ratio": ["128"], "length": ["64", "128"], "dense": ["64", "128"]}[mode]
+    lengths = {"kernel-ratio": ["128"], "patch-ratio": ["600"], "length": ["64", "128"], "dense": ["64", "128"]}[mode]
     arguments = ["--mode", mode, "--device", "cpu", "--repeats", "2", "--output-dir", str(tmp_path), "--lengths"]
     result = benchmark.main(arguments + lengths)
     name = f"attention_{mode.replace('-', '_')}_cpu"
@@ -36,6 +44,7 @@ def test_each_mode_leaves_a_record_and_a_figure(mode, tmp_path, monkeypatch):
     assert {"hardware", "date", "commit", "command"} <= set(result["provenance"])
     seconds = [row["seconds"] for rows in result.get("times", {}).values() for row in rows]
     seconds += [row[name] for row in result["rows"] for name in ("dilated", "dense")] if mode == "dense" else []
+    seconds += [row["bare kernels"] for row in result["rows"]] if mode == "patch-ratio" else []
     assert seconds and min(seconds) > 0
 
 

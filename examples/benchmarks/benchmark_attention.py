@@ -1,6 +1,7 @@
 """Time and memory of dilated attention, beside the kernels that it is made of and beside dense attention.
 
     python -m examples.benchmarks.benchmark_attention --mode kernel-ratio   # what the operator adds to its kernels
+    python -m examples.benchmarks.benchmark_attention --mode patch-ratio    # the same of a patched model's layer
     python -m examples.benchmarks.benchmark_attention --mode length         # time per token, 16K to 1M tokens
     python -m examples.benchmarks.benchmark_attention --mode dense          # against dense attention; on a GPU to 1M
 
@@ -10,25 +11,32 @@ w segment length, r dilation rate.
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from examples.measuring import in_turns, median, median_ratio, peak_memory, reset_peak_memory
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.runs import geometric_patterns
-from modeling_longnet import dilated_attention
+from modeling_longnet import attention_kernels, dilated_attention
+from modeling_longnet.dilation_plan import plan_blocks
 
 
 aten = torch.ops.aten
 Patterns = list[tuple[int, int]]
 
 KERNEL_RATIO = {"length": 16384, "heads": 8, "width": 64, "patterns": [(2048, 1), (4096, 2), (8192, 4), (16384, 8)]}
+# A layer of SmolLM2, patched as `patch_model` does it.
+PATCH_RATIO = {"length": 8192, "heads": 9, "kv_heads": 3, "width": 64, "patterns": [(512, 1), (2048, 4), (8192, 16)]}
+PATCHED = {"overlap": "once", "num_sink_tokens": 4, "local": "sliding"}
 FIRST = 2048  # tokens of the first segment where the schedule grows with the text
 LENGTHS = [16384, 65536, 262144, 1_000_000]
 DENSE_LENGTHS = {"cpu": [2048, 4096, 8192, 16384], "cuda": [2**14, 2**15, 2**16, 2**17, 2**18, 2**19, 2**20]}
@@ -39,13 +47,13 @@ def inputs(length: int, heads: int, width: int, dtype: torch.dtype, device: str,
     return [torch.randn(1, heads, length, width, dtype=dtype, device=device, requires_grad=grad) for _ in range(3)]
 
 
-def operator(qkv: list[torch.Tensor], patterns: Patterns, backward: bool) -> Callable[[], None]:
+def operator(qkv: list[torch.Tensor], patterns: Patterns, backward: bool, **options) -> Callable[[], None]:
     """A call of the operator, with its gradients if `backward`."""
     segment_lengths, dilation_rates = (list(values) for values in zip(*patterns))
 
     def run():
         with torch.set_grad_enabled(backward):
-            out = dilated_attention(*qkv, segment_lengths, dilation_rates)
+            out = dilated_attention(*qkv, segment_lengths, dilation_rates, **options)
         if backward:
             torch.autograd.grad(out, qkv, torch.ones_like(out))
 
@@ -69,6 +77,35 @@ def bare_kernels(qkv: list[torch.Tensor], patterns: Patterns) -> Callable[[], No
             aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, True)
 
     return run
+
+
+class KernelCalls:
+    """Stands in for `torch.ops.aten` and keeps each call of a kernel, with copies of its tensors in one piece."""
+
+    def __init__(self):
+        self.calls: list[Callable[[], object]] = []
+
+    def __getattr__(self, name: str) -> Callable:
+        kernel = getattr(aten, name)
+
+        def kept(x: object) -> object:
+            return x.clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) else x
+
+        def call(*args, **options):
+            named = {key: kept(x) for key, x in options.items()}
+            self.calls.append(partial(kernel, *map(kept, args), **named))
+            return kernel(*args, **options)
+
+        return call
+
+
+def kernels_of(run: Callable[[], None], in_triangles: bool = False) -> list[Callable[[], object]]:
+    """The kernel calls that a call of the operator makes, alone; `in_triangles`: those of its plan without bands."""
+    module, kernels = importlib.import_module("modeling_longnet.dilated_attention"), KernelCalls()
+    plan = (lambda kernel: plan_blocks) if in_triangles else module.plan_of
+    with mock.patch.object(attention_kernels, "aten", kernels), mock.patch.object(module, "plan_of", plan):
+        run()
+    return kernels.calls
 
 
 def operator_memory(length: int, heads: int, width: int, patterns: Patterns) -> dict[str, float]:
@@ -105,6 +142,27 @@ def kernel_ratio(args: argparse.Namespace) -> dict[str, Any]:
     print(f"  operator / bare kernels: {ratios['seconds']:.3f} by the clock, {ratios['cpu_seconds']:.3f} of CPU time")
     print(f"  peak memory above the inputs: {memory['multiple_of_qkv']:.2f} times q, k and v together")
     return {"setting": setting, "ratios": ratios, "memory": memory, "times": times}
+
+
+def patch_ratio(args: argparse.Namespace) -> dict[str, Any]:
+    """A patched layer's attention, tensors lying as a model gives them, against the kernels that it calls."""
+    setting = PATCH_RATIO | ({"length": args.lengths[0]} if args.lengths else {})
+    shape = [1, setting["length"], setting["heads"], setting["width"]]
+    leaves = [torch.randn(shape[:2] + [heads, shape[3]]) for heads in (setting["heads"], *[setting["kv_heads"]] * 2)]
+    qkv = [x.transpose(1, 2).requires_grad_() for x in leaves]
+    rows = []
+    for name, backward in (("forward", False), ("forward + backward", True)):
+        run = operator(qkv, setting["patterns"], backward, **PATCHED)
+        calls = {"bare kernels": kernels_of(run), "bare triangles": kernels_of(run, in_triangles=True)}
+        runs = {"operator": run} | {side: lambda made=made: [call() for call in made] for side, made in calls.items()}
+        times = in_turns(runs, args.repeats, "cpu")
+        row = {"pass": name, "kernel calls": len(calls["bare kernels"])}
+        row |= {side: median(times[side], "cpu_seconds") for side in runs}
+        for side in ("bare kernels", "bare triangles"):
+            row[f"operator / {side}"] = median_ratio(times["operator"], times[side], "cpu_seconds")
+        print(", ".join(f"{key} {x:.3f}" if isinstance(x, float) else f"{key} {x}" for key, x in row.items()))
+        rows.append(row | {"times": times})
+    return {"setting": setting | PATCHED, "rows": rows}
 
 
 def length_scaling(args: argparse.Namespace) -> dict[str, Any]:
@@ -168,6 +226,17 @@ def plot_kernel_ratio(axes, result):
                    f"clock; peak memory {memory:.1f} times q, k and v", fontsize=9)  # fmt: skip
 
 
+def plot_patch_ratio(axes, result):
+    sides = ("operator", "bare kernels", "bare triangles")
+    for place, row in enumerate(result["rows"]):
+        axes.bar([place + 0.25 * i for i in range(3)], [row[side] for side in sides], 0.25, color=["C0", "C1", "C2"])
+    axes.set_xticks([0.25, 1.25], [row["pass"] for row in result["rows"]])
+    axes.set_ylabel("CPU seconds, one layer")
+    axes.set_title("operator; its kernels alone; the kernels of windows in triangles\n" + ", ".join(
+        f"{row['operator / bare kernels']:.2f} and {row['operator / bare triangles']:.2f}" for row in result["rows"]
+    ) + " of their time", fontsize=9)  # fmt: skip
+
+
 def plot_length(axes, result):
     lengths = [row["length"] for row in result["rows"]]
     axes.plot(lengths, [row["ns_per_token"] for row in result["rows"]], "o-", label="by the clock")
@@ -190,19 +259,21 @@ def plot_dense(axes, result):
 
 MODES = {
     "kernel-ratio": (kernel_ratio, plot_kernel_ratio),
+    "patch-ratio": (patch_ratio, plot_patch_ratio),
     "length": (length_scaling, plot_length),
     "dense": (against_dense, plot_dense),
 }
 
 
 def check_kernel_ratio(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses what has no effect in this mode, which compares one setting on the CPU."""
+    """Refuses what has no effect in these modes, which compare one setting on the CPU."""
+    setting = KERNEL_RATIO if args.mode == "kernel-ratio" else PATCH_RATIO
     given = [name for name in ("heads", "width", "dtype") if getattr(args, name) is not None]
     if given:
-        parser.error(f"--mode kernel-ratio has its own {KERNEL_RATIO}: leave out --{given[0]}")
-    longest = KERNEL_RATIO["patterns"][-1][0]
+        parser.error(f"--mode {args.mode} has its own {setting}: leave out --{given[0]}")
+    longest = setting["patterns"][-1][0] if args.mode == "kernel-ratio" else 1
     if args.lengths and (len(args.lengths) > 1 or args.lengths[0] < 1 or args.lengths[0] % longest):
-        parser.error(f"--mode kernel-ratio takes one of --lengths, a multiple of {longest}, got {args.lengths}")
+        parser.error(f"--mode {args.mode} takes one of --lengths, a multiple of {longest}, got {args.lengths}")
     args.device = "cpu"
 
 
@@ -222,7 +293,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.peak_memory_of:
         print(json.dumps(operator_memory(**json.loads(args.peak_memory_of))))
         return {}
-    if args.mode == "kernel-ratio":
+    if args.mode in ("kernel-ratio", "patch-ratio"):
         check_kernel_ratio(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
