@@ -167,6 +167,8 @@ def patch_settings(options: Options, config: PreTrainedConfig) -> dict:
                 settings[name] = json.loads(given)
             except json.JSONDecodeError as error:
                 raise ValueError(f"--{name.replace('_', '-')} must be JSON, got {given!r}: {error}.") from None
+            if not isinstance(settings[name], dict):
+                raise ValueError(f"--{name.replace('_', '-')} must be a JSON object, got {given!r}.")
     if (settings.get("memory") or {}).get("dimensions"):
         raise ValueError("--memory: `dimensions` are calibrated on a model that stays as it is, not in training.")
     return settings
