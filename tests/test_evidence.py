@@ -249,6 +249,8 @@ def test_the_table_compares_forms_on_the_same_texts():
 
     rows = [record("dense", 0, 1.0), record("dense", 1, 0.0), record("with memory", 0, 0.5)]
     assert needles.table(rows).splitlines()[-1] == "| vt | 64 | 0.50 of 2 | 0.50 of 1 (0.50) |"
+    longer = rows + [rows[-1] | {"variant": "with memory", "length": 128}]  # dense has read none of that length
+    assert needles.table(longer).splitlines()[-1] == f"| vt | 128 |  | {rows[-1]['score']:.2f} of 1 |"
 
 
 def test_losses_by_position_are_those_of_the_full_forward(byte_model, tmp_path):

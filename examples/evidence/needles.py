@@ -71,21 +71,23 @@ def cases_of(records: list[dict], variant: str) -> set[tuple]:
 def table(records: list[dict]) -> str:
     """Markdown: per task and length the mean score of each form, and its fraction of dense on the same texts.
 
-    Forms need not have read as many texts; each is compared with dense on those that both have read.
+    Forms need not have read as many texts; each is compared with dense on those that both have read, and stands alone
+    where dense has read none of that length.
     """
     forms = forms_of(records)
     read_by = {form: cases_of(records, form) for form in forms}
     rows = []
     for task, length in sorted({case[:2] for cases in read_by.values() for case in cases}, key=_by_task):
         own, cells = [r for r in records if (r["task"], r["length"]) == (task, length)], []
+        has_dense = any(r["variant"] == "dense" for r in own)
         for form in forms:
-            shared = read_by[form] & read_by["dense"] if form != "dense" and "dense" in forms else read_by[form]
+            shared = read_by[form] & read_by["dense"] if form != "dense" and has_dense else read_by[form]
             means = mean_scores([r for r in own if (task, length, r["trial"]) in shared], "variant")
             if (form,) not in means:
                 cells.append("")
                 continue
             score, answers = means[form,].values()
-            dense = means["dense",]["score"] if form != "dense" and "dense" in forms else 0
+            dense = means["dense",]["score"] if form != "dense" and has_dense else 0
             cells.append(f"{score:.2f} of {answers}" + (f" ({score / dense:.2f})" if dense else ""))
         rows.append([task, f"{length:,}", *cells])
     return markdown_table(["task", "tokens", *forms], rows)
