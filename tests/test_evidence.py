@@ -358,7 +358,7 @@ def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
 def test_the_document_shows_the_tables_of_the_records():
     docs = Path(__file__).parents[1] / "docs"
     text, records = (docs / "evidence.md").read_text(), {}
-    for name in ("needles", "positions", "runtime", "adaptation", "adaptation_gpu"):
+    for name in ("needles", "positions", "runtime", "adaptation", "adaptation_gpu", "adaptation_long"):
         written = (docs / f"results/evidence_{name}.md").read_text()
         assert written in text
         records[name] = json.loads((docs / f"results/evidence_{name}.json").read_text()), written
@@ -368,6 +368,6 @@ def test_the_document_shows_the_tables_of_the_records():
     assert positions.table(found["summary"], found["costs"]) == written
     found, written = records["runtime"]
     assert runtime.table(found["rows"], budget=60) == written
-    for name in ("adaptation", "adaptation_gpu"):
+    for name in ("adaptation", "adaptation_gpu", "adaptation_long"):
         found, written = records[name]
         assert adaptation.table(found["summary"], found["settings"]["lengths"]) == written
