@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_kernels import Kernel, choose_backend, get_kernel, own_precision, refuse_tangents
-from .dilation_plan import Block, Rows, plan_bands, plan_blocks
+from .dilation_plan import Block, Rows, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
 
 
@@ -20,11 +20,6 @@ CPU_CALL_SIZE = 2**20
 
 # Where a block's keys lie, see `VisibleKeys`.
 Locate = Callable[[Block], Rows | torch.Tensor]
-
-
-def plan_of(kernel: type[Kernel]) -> Callable[..., tuple[Block, ...]]:
-    """`plan_bands` for a kernel that takes bands, else `plan_blocks`."""
-    return plan_bands if hasattr(kernel, "forward_band") else plan_blocks
 
 
 def strided_rows(x: torch.Tensor, heads: slice, rows: Rows, repeats: int, stride: int) -> torch.Tensor:

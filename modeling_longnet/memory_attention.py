@@ -10,14 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_blocks import (
-    BlockAttention,
-    PlannedAttention,
-    connected_zeros,
-    empty_accumulator,
-    merge_attentions,
-    plan_of,
-)
+from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, empty_accumulator, merge_attentions
 from .attention_kernels import get_kernel, own_precision
 from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
@@ -54,16 +47,15 @@ class MemoryCall:
         """Of the queries, [Q]."""
         return torch.arange(self.start, self.start + query_length, device=device)
 
-    def blocks(self, query_length: int, length: int, plan=plan_blocks) -> tuple[Block, ...]:
+    def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
         """The schedule's part of N = `length` keys; sinks are read apart where their distance is clamped."""
-        blocks = plan(self.schedule, self.heads, self.start, self.start + query_length, length)
+        blocks = plan_blocks(self.schedule, self.heads, self.start, self.start + query_length, length)
         return tuple(x for x in blocks if x.pattern != SINKS) if self.clamps(query_length) else blocks
 
     def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
-        """The attention to it."""
-        kernel = get_kernel(self.backend, query)
-        blocks = self.blocks(query.shape[2], key.shape[2], plan_of(kernel))
-        return PlannedAttention(kernel, blocks, self.start, self.scale)
+        """The attention to it, by the blocks that `attend_stored` takes: every store gives the bits of the device."""
+        blocks = self.blocks(query.shape[2], key.shape[2])
+        return PlannedAttention(get_kernel(self.backend, query), blocks, self.start, self.scale)
 
     def clamps(self, query_length: int) -> bool:
         """Whether any of the queries lies beyond the clamped distance."""
