@@ -71,7 +71,8 @@ def _empty_out(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, query.new_empty(batch, num_heads, length, dtype=lse_dtype)
 
 
-def _plan_of(kernel: type[Kernel]) -> Callable:
+def plan_of(kernel: type[Kernel]) -> Callable:
+    """`plan_bands` for a kernel that takes bands, else `plan_blocks`."""
     return plan_bands if hasattr(kernel, "forward_band") else plan_blocks
 
 
@@ -107,7 +108,7 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
         triton_forward(TritonCall(query, key, value, document_ids, query_offset, schedule, heads, scale), out, lse)
         return out, lse
     kernel = get_kernel(backend, query)
-    plan = plan_token if query.shape[2] == 1 and schedule.padding == "mask" else _plan_of(kernel)
+    plan = plan_token if query.shape[2] == 1 and schedule.padding == "mask" else plan_of(kernel)
     pieces = _pieces(query, key, document_ids, query_offset, schedule, heads, plan)
     return _run(kernel, pieces, query, key, value, scale)
 
@@ -149,7 +150,7 @@ def _backward(
         return triton_backward(call, grad, out, lse)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
     kernel = get_kernel(backend, query)
-    pieces = _pieces(query, key, document_ids, query_offset, schedule, heads, _plan_of(kernel))
+    pieces = _pieces(query, key, document_ids, query_offset, schedule, heads, plan_of(kernel))
     for rows, q, k, start, blocks in pieces:
         own_grad, own_query, own_out, own_lse, query_grad = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
         own_key, own_value, *key_grads = (x[rows, :, k] for x in (key, value, *grads[1:]))
