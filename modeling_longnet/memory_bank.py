@@ -202,7 +202,7 @@ class MemoryBank:
             nothing: a question about nothing in particular, which passages must be about less.
             candidates: passages that are found (`find_passages`); `passages` of them, under which the question is
                 likeliest (`rank_passages`), are read again, each with `around` tokens before and after it.
-            generation: for `generate`; greedy and up to 64 tokens unless it, or a `generation_config`, says otherwise.
+            generation: for `generate`; greedy, 2 to 64 tokens, unless it, or a `generation_config`, says otherwise.
 
         Returns:
             The answer, and the passages to check it by.

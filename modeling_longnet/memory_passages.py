@@ -184,8 +184,11 @@ def ask(
         prompt += passage.cut(bank.input_ids, around).tolist() + gap
     ids = torch.tensor([prompt + asked], device=model.device)
     if "generation_config" not in generation:
-        length = {} if "max_length" in generation else {"max_new_tokens": 64}
-        generation = {"do_sample": False} | length | generation
+        if "max_length" not in generation:
+            # Not asked by its own marks, a chat model may end at once, or behind a line break.
+            longest = generation.get("max_new_tokens", 64)
+            generation = {"min_new_tokens": min(2, longest), "max_new_tokens": longest} | generation
+        generation = {"do_sample": False} | generation
     with evaluating(model):  # stop strings want the tokenizer
         said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, **generation)
     return Answer(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip(), tuple(best))
