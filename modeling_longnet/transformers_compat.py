@@ -162,7 +162,7 @@ def check_cache_reaches_model(
     whole = mask.shape[-1] if mask is not None and mask.dim() == 2 else input_ids.shape[1]
     new = embeds.shape[1] if embeds is not None else inputs["input_ids"].shape[1]
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    if not new and cache is not None:
+    if not new and cache is not None and cache.get_seq_length():
         raise ValueError(
             f"`input_ids` must begin with the {int(cache.get_seq_length())} tokens that `cache` holds and go on behind "
             f"them, got {input_ids.shape[1]} tokens."

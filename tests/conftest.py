@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from torch.utils._device import _device_constructors
 
 
@@ -50,6 +51,12 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """Graphs that another test has compiled count towards the compiler's limits."""
+    torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items):

@@ -395,7 +395,6 @@ def test_exports_and_single_graphs_are_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own, between graphs
 @pytest.mark.parametrize("name", ["beside-dilated", "clamped", "longnet"])
 def test_a_compiled_model_reads_with_its_memory_between_the_graphs(name):
-    torch._dynamo.reset()
     model = longnet("xpos") if name == "longnet" else with_memory(name)
     compiled, text, grads = torch.compile(model, backend="eager"), tokens(60), []
     for one in (model, compiled):
