@@ -228,8 +228,9 @@ def plot_kernel_ratio(axes, result):
 
 def plot_patch_ratio(axes, result):
     sides = ("operator", "bare kernels", "bare triangles")
-    for place, row in enumerate(result["rows"]):
-        axes.bar([place + 0.25 * i for i in range(3)], [row[side] for side in sides], 0.25, color=["C0", "C1", "C2"])
+    for i, side in enumerate(sides):
+        axes.bar([place + 0.25 * i for place in range(2)], [row[side] for row in result["rows"]], 0.25, label=side)
+    axes.legend(fontsize=8)
     axes.set_xticks([0.25, 1.25], [row["pass"] for row in result["rows"]])
     axes.set_ylabel("CPU seconds, one layer")
     axes.set_title("operator; its kernels alone; the kernels of windows in triangles\n" + ", ".join(

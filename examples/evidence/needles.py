@@ -106,7 +106,8 @@ def draw(result: dict, path: Path) -> None:
     lengths = sorted({record["length"] for record in records})
     forms = forms_of(records)
     means = mean_scores(records, "task", "variant", "length", "depth")
-    figure = Figure(figsize=(2.6 * len(forms), 2.8 * len(tasks)), layout="constrained")
+    width = max(2.6, 0.6 * len(lengths))
+    figure = Figure(figsize=(width * len(forms), 2.8 * len(tasks)), layout="constrained")
     axes = figure.subplots(len(tasks), len(forms), squeeze=False, sharey=True)
     for row, task in zip(axes, tasks):
         for axis, form in zip(row, forms):
@@ -118,7 +119,7 @@ def draw(result: dict, path: Path) -> None:
                     if cell:
                         text = f"{cell['score'] * cell['answers']:.0f} of {cell['answers']}"
                         axis.text(x, y, text, ha="center", va="center", fontsize=8)
-            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8, rotation=30)
             axis.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
             axis.set_title(f"{task}: {form}", fontsize=9)
             axis.set_xlabel("tokens")
