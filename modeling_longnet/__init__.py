@@ -26,6 +26,7 @@ from .dilated_cache import DilatedCache
 from .dilation_schedule import DilationSchedule
 from .exporting import export_patched_model
 from .memory_bank import MemoryBank
+from .memory_heads import find_memory_heads
 from .memory_passages import Answer, Passage
 from .model_card import make_model_card, upload_with_card
 from .modeling_longnet import (
@@ -92,6 +93,7 @@ __all__ = [
     "dilated_attention",
     "dilated_attention_reference",
     "export_patched_model",
+    "find_memory_heads",
     "is_patched",
     "load_patched_model",
     "make_model_card",

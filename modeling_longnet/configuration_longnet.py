@@ -244,10 +244,16 @@ class LongNetConfig(XposRangeMixin, DilatedConfigMixin, PreTrainedConfig):
                 "`memory` of a LongNet takes no `max_distance` and no `dimensions`, which are for models that were "
                 f"trained without a memory and patched, got {self.memory}."
             )
-        if memory.layers is not None and memory.layers[-1] >= self.num_hidden_layers:
+        layers, name = memory.only_layers, "layers" if memory.heads is None else "heads"
+        if layers and layers[-1] >= self.num_hidden_layers:
             raise ValueError(
-                f"`memory`: `layers` must be below num_hidden_layers={self.num_hidden_layers}, got "
-                f"{list(memory.layers)}."
+                f"`memory`: layers of `{name}` must be below num_hidden_layers={self.num_hidden_layers}, got "
+                f"{list(layers)}."
+            )
+        groups = self.num_key_value_heads or self.num_attention_heads
+        if any(own and own[-1] >= groups for _, own in memory.heads or ()):
+            raise ValueError(
+                f"`memory`: `heads` are key/value heads, below num_key_value_heads={groups}, got {memory.heads}."
             )
 
     def _check_positions(self):

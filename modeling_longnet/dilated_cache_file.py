@@ -251,7 +251,9 @@ def open_pages(
             raise ValueError(f"impossible rows {rows}, dtype {metadata.get('dtype')!r} or sizes")
     except ValueError as error:
         raise ValueError(f"{folder.state_path} is damaged: layer {index} {error}.") from error
-    shape = Shape(len(rows), groups, width, dtype, device, layer.schedule.memory.block_size)
+    memory = layer.schedule.memory
+    indexed = memory.only_heads and len(memory.only_heads)
+    shape = Shape(len(rows), groups, width, dtype, device, memory.block_size, indexed)
     held = {name: size for name, size in zip(INDICES, widths) if size}
     files = [
         RowFiles(folder, layer.layer_idx, row, shape, count, held if count >= shape.size else {})

@@ -38,9 +38,10 @@ class MemoryLayer(DilatedLayer):
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor, heads: Heads | None = None
     ) -> None:
-        (batch, groups, _, width), size = key_states.shape, self.schedule.memory.block_size
+        (batch, groups, _, width), memory = key_states.shape, self.schedule.memory
         self.heads = heads or self.heads_of(groups)
-        shape = Shape(batch, groups, width, key_states.dtype, key_states.device, size)
+        indexed = memory.only_heads and len(memory.only_heads)
+        shape = Shape(batch, groups, width, key_states.dtype, key_states.device, memory.block_size, indexed)
         self.begin_with(make_store(self.kind, shape, self.folder, self.layer_idx))
 
     def begin_with(self, store: Store) -> None:
@@ -49,6 +50,11 @@ class MemoryLayer(DilatedLayer):
         self.dtype, self.device, self.batch_size = shape.dtype, shape.device, shape.batch
         self.heads = self.heads or self.heads_of(shape.groups)
         self.is_initialized = True
+
+    @property
+    def searches(self) -> bool:
+        """Whether any head has a memory."""
+        return self.schedule.memory.only_heads != ()
 
     @outside_graphs
     def attend(self, step: Step, query, key, value, scale: float, backend: str | None) -> torch.Tensor:
@@ -102,8 +108,9 @@ class MemoryLayer(DilatedLayer):
         oldest = 0 if self.reach is None else max(0, call.start - self.reach) // self.schedule.memory.block_size
         chosen = choose_indexed(call, query, *indices, oldest)
         end = call.start + query.shape[2]
-        past = self.store.whole(row, end)
-        if past is None and not wants_grad:
+        past, memory = self.store.whole(row, end), self.schedule.memory
+        fetched = query.shape[2] * self.heads.per_group * (memory.top_k + 1) * memory.block_size  # tokens, at most
+        if not wants_grad and (past is None or fetched < end):
             return attend_stored(call, query, self.store, row, chosen)
         past = self.store.span(row, 0, end) if past is None else past
         if wants_grad:  # gradients reach the new tokens; what came before is state
@@ -125,7 +132,7 @@ class MemoryLayer(DilatedLayer):
         size, end = self.schedule.memory.block_size, first + key.shape[2]
         self.store.write(row, first, key, value)
         begin, stop = first // size, end // size
-        if begin < stop:
+        if begin < stop and self.searches:
             whole = self.store.span(row, begin * size, stop * size)[0]
             self.store.write_index("index", row, begin, self.ranking.index(whole, begin))
             if self.schedule.memory.max_distance is not None:

@@ -253,8 +253,10 @@ class DilationSchedule:
         return arguments if self.memory is None else arguments | {"memory": self.memory.to_dict()}
 
     def of_layer(self, layer_idx: int) -> "DilationSchedule":
-        """The schedule of a layer: this one, or without its memory where the layer has none."""
-        return self if self.memory is None or self.memory.reads_in(layer_idx) else replace(self, memory=None)
+        """The schedule of a layer: this one, with what it needs of the memory, or without where it needs none."""
+        if self.memory is None or (self.memory.heads is None and self.memory.reads_in(layer_idx)):
+            return self
+        return replace(self, memory=self.memory.of_layer(layer_idx))
 
     @property
     def dense_start(self) -> int:

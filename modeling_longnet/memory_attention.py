@@ -5,7 +5,7 @@ backward replays both parts with the final out and lse. Letters: B batch, H quer
 tokens, N key tokens, K reads of a query, n blocks of b tokens, D head dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,11 @@ class MemoryCall:
     @property
     def inv_freq(self) -> torch.Tensor | None:
         return self.ranking.inv_freq
+
+    @property
+    def groups(self) -> Sequence[int]:
+        """The key/value heads that have a memory."""
+        return range(self.heads.num_kv_heads) if self.ranking.heads is None else self.ranking.heads
 
     def positions(self, query_length: int, device: torch.device) -> torch.Tensor:
         """Of the queries, [Q]."""
@@ -105,7 +110,7 @@ def _stretches(
     pairs = FETCHED // size if is_stored else attention.PAIRS
     tile = max(1, pairs // (per_group * (count + 1)))
     for row in range(len(chosen)):
-        for group in range(call.heads.num_kv_heads):
+        for group in call.groups:
             own = slice(group * per_group, (group + 1) * per_group)
             if not is_stored:
                 pair = (whole_blocks(x, row, group, size).contiguous() for x in keys)
@@ -206,7 +211,8 @@ class _WithMemory:
 
 @torch.no_grad()
 def choose(call: MemoryCall, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The blocks [B, H, Q, top_k] that queries read of the keys [B, G, N, D]."""
+    """The blocks [B, H, Q, top_k] that queries read of the keys [B, G, N, D]; none, [B, H, Q, 0], if no head has a
+    memory."""
     key = key[:, :, : call.schedule.local_start(call.start + query.shape[2] - 1)]
     far_index = (call.ranking.far_index(key),) if call.clamps(query.shape[2]) else ()
     return choose_indexed(call, query, (call.ranking.index(key),), far_index)
@@ -218,8 +224,11 @@ def choose_indexed(
 ) -> torch.Tensor:
     """The same of the blocks, from `oldest` on, that an index tells of, and, for those at a clamped distance, a second
     one."""
-    far_index = far_index if call.clamps(query.shape[2]) else None
-    return choose_blocks(call.ranking, query, index, far_index, call.start, oldest)
+    if not call.groups:
+        return torch.full((*query.shape[:3], 0), NO_BLOCK, device=query.device)
+    far_index, groups = far_index if call.clamps(query.shape[2]) else None, call.heads.num_kv_heads
+    own = call.ranking.own_queries(query, groups)
+    return call.ranking.for_all_queries(choose_blocks(call.ranking, own, index, far_index, call.start, oldest), groups)
 
 
 @torch.no_grad()

@@ -2,12 +2,12 @@
 
 import hashlib
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .memory_patch import LayerMemory
 from .memory_search import MemoryBasis
 from .patch_attention import LAYER_MEMORY
 from .transformers_compat import text_config_of
@@ -46,7 +46,7 @@ def set_bases(model: nn.Module, bases: dict[int, MemoryBasis]) -> None:
         if given != wanted:
             raise ValueError(f"the memory ranks in {wanted} dimensions, got {given} in layer {index}.")
     for index, module in modules.items():
-        setattr(module, LAYER_MEMORY, LayerMemory(getattr(module, LAYER_MEMORY).inv_freq, bases[index]))
+        setattr(module, LAYER_MEMORY, replace(getattr(module, LAYER_MEMORY), basis=bases[index]))
 
 
 def write_bases(folder: str | Path, model: nn.Module) -> None:

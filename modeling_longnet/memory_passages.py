@@ -64,6 +64,7 @@ class _Masses:
 
     def __call__(self, call: MemoryCall, query: torch.Tensor, index: Index, far_index: Index) -> None:
         schedule, length = call.schedule, query.shape[2]
+        query = call.ranking.own_queries(query, call.heads.num_kv_heads)
         far_index = far_index if call.clamps(length) else None
         # A rank of "mean+bound" is two products of a query and a key.
         scale = call.scale / (2 if schedule.memory.rank == "mean+bound" else 1)
@@ -78,7 +79,7 @@ class _Masses:
 def _mass(model: PreTrainedModel, bank, question: torch.Tensor) -> torch.Tensor:
     """In each layer with a memory of each block of the bank, [layers, n], float64."""
     cache = bank.start_cache(model)
-    layers = [layer for layer in cache.dilated_layers if isinstance(layer, MemoryLayer)]
+    layers = [layer for layer in cache.dilated_layers if isinstance(layer, MemoryLayer) and layer.searches]
     for layer in layers:
         layer.watch = _Masses(len(bank) // cache.schedule.memory.block_size)
     with evaluating(model):

@@ -26,6 +26,7 @@ class LayerMemory:
     """Stands on an attention module. Plain tensors, not buffers: half precisions must not round them."""
 
     inv_freq: torch.Tensor | None
+    groups: int  # key/value heads
     basis: MemoryBasis | None = None
 
     def ranking(self, schedule: DilationSchedule) -> Ranking:
@@ -70,7 +71,17 @@ def find_layer_memories(model: nn.Module, calls: list[AttentionCall], layers: li
     """Per layer, what its probe tells."""
     candidates = _frequencies(model)
     by_layer = {call.module.layer_idx: call for call in calls}
-    return {index: LayerMemory(_turns_by(by_layer[index].key, candidates)) for index in layers}
+    keys = {index: by_layer[index].key for index in layers}
+    return {index: LayerMemory(_turns_by(key, candidates), len(key)) for index, key in keys.items()}
+
+
+def check_heads(spec: MemorySpec, groups: dict[int, int]) -> None:
+    """Raises a ValueError for heads that a layer does not have, out of so many key/value heads by layer."""
+    for index, own in spec.heads or ():
+        if own and own[-1] >= groups[index]:
+            raise ValueError(
+                f"`memory`: `heads` are key/value heads, of which layer {index} has {groups[index]}, got {list(own)}."
+            )
 
 
 def resolve_memory(
@@ -84,10 +95,14 @@ def resolve_memory(
     if memory is None:
         return None
     spec = MemorySpec.from_dict(memory)
-    foreign = sorted(set(spec.layers or ()) - set(layers))
+    foreign = sorted(set(spec.only_layers or ()) - set(layers))
     if foreign:
-        raise ValueError(f"`memory`: `layers` must be among the patched ones, {layers}, got {foreign}.")
-    unknown = [index for index, layer in found.items() if spec.reads_in(index) and layer.inv_freq is None]
+        name = "layers" if spec.heads is None else "heads"
+        raise ValueError(f"`memory`: `{name}` must be of patched layers, {layers}, got {foreign}.")
+    check_heads(spec, {index: layer.groups for index, layer in found.items()})
+    # With heads all layers clamp a distance, if any does.
+    concerned = [i for i in found if spec.heads is not None or spec.reads_in(i)]
+    unknown = [i for i in concerned if found[i].inv_freq is None]
     if spec.max_distance is not None:
         if rope_scaling:
             raise ValueError("`memory` with `max_distance` and `rope_scaling` are two ways to read further, got both.")

@@ -38,6 +38,13 @@ def _choose(near, far, schedule, positions) -> torch.Tensor:
     return torch.nn.functional.pad(order, (0, memory.top_k - order.shape[-1]), value=-1)
 
 
+def _has_memory(schedule: DilationSchedule, heads: Heads, query: torch.Tensor) -> torch.Tensor:
+    """Which query heads choose blocks, bool [H, 1, 1]."""
+    only = schedule.memory.only_heads
+    chooses = [only is None or j // heads.per_group in only for j in range(query.shape[1])]
+    return torch.tensor(chooses, device=query.device)[:, None, None]
+
+
 def memory_attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -86,8 +93,10 @@ def memory_attention_reference(
             chosen = torch.stack(rows)
     ids = k_pos.new_zeros(1, keys)
     counts, _ = attention_counts(schedule, heads, ids, query_start, length)
+    has_memory = _has_memory(schedule, heads, query)
+    chosen = torch.where(has_memory, chosen, -1)
     local = (k_pos <= t) & (k_pos >= schedule.local_start(t))
-    shown = (counts[0] > 0) | local  # [H, Q, N]
+    shown = (counts[0] > 0) | (local & has_memory)  # [H, Q, N]
     picked = (chosen[..., None] == k_pos // memory.block_size).any(-2)  # [B, H, Q, N]
     if memory.max_distance is not None:
         scores = torch.where(picked & ~shown & sees_far, far_scores, scores)

@@ -108,23 +108,50 @@ class Ranking:
                 "`calibrate_memory(model, tokens)`, or leave `dimensions` out to rank in all of them."
             )
 
+    @property
+    def heads(self) -> tuple[int, ...] | None:
+        """The key/value heads whose blocks are ranked, None for all."""
+        return self.schedule.memory.only_heads
+
+    def own(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Of what has one entry for each key/value head along `dim`, those of the heads that have a memory."""
+        if self.heads is None:
+            return x
+        return x.index_select(dim, torch.tensor(self.heads, dtype=torch.long, device=x.device))
+
+    def own_queries(self, query: torch.Tensor, groups: int) -> torch.Tensor:
+        """Of queries [B, H, T, D] that share `groups` key/value heads, those of the heads that have a memory."""
+        return query if self.heads is None else self.own(query.unflatten(1, (groups, -1))).flatten(1, 2)
+
+    def for_all_queries(self, chosen: torch.Tensor, groups: int) -> torch.Tensor:
+        """The blocks [B, H, T, K] of all queries, out of those that the queries of `own_queries` chose: others none."""
+        if self.heads is None:
+            return chosen
+        chosen = chosen.unflatten(1, (len(self.heads), -1))
+        every = chosen.new_full((len(chosen), groups, *chosen.shape[2:]), NO_BLOCK)
+        every[:, list(self.heads)] = chosen
+        return every.flatten(1, 2)
+
     def _few(self, key: torch.Tensor, name: str) -> torch.Tensor:
         key = key.to(_rank_dtype(key.dtype))
         if self.schedule.memory.dimensions is None:
             return key
-        return key @ getattr(self.basis, name).to(key.device, key.dtype)
+        return key @ self._basis(name, key)
+
+    def _basis(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        return self.own(getattr(self.basis, name), dim=0).to(like.device, like.dtype)
 
     def index(self, key: torch.Tensor, first_block: int = 0) -> torch.Tensor:
         """What tells of whole blocks of keys [B, G, N, D], whose first token begins block `first_block`:
-        [B, G, n, 2 d]."""
-        sinks = self.schedule.num_sink_tokens
+        [B, G, n, 2 d], here and below of the heads that have a memory alone."""
+        key, sinks = self.own(key), self.schedule.num_sink_tokens
         return summarize(self._few(key, "to_key"), self.schedule.memory, sinks, first_block)
 
     def far_index(self, key: torch.Tensor, first_block: int = 0) -> torch.Tensor:
         """The same of keys turned back to their blocks' beginnings, for queries that look from `max_distance`."""
         size, sinks = self.schedule.memory.block_size, self.schedule.num_sink_tokens
         start = (torch.arange(key.shape[2], device=key.device) // size + first_block) * size
-        key = rotate(key.to(_rank_dtype(key.dtype)), -start, self.inv_freq)
+        key = rotate(self.own(key).to(_rank_dtype(key.dtype)), -start, self.inv_freq)
         return summarize(self._few(key, "far_to_key"), self.schedule.memory, sinks, first_block)
 
     def far_query(self, query: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -141,8 +168,7 @@ class Ranking:
         query = query.to(_rank_dtype(query.dtype)).unflatten(1, (parts[0].shape[1], -1))
         rows = query.flatten(2, 3)
         if self.schedule.memory.dimensions is not None:
-            to_few = self.basis.far_to_query if far else self.basis.to_query
-            rows = rows @ to_few.to(rows.device, rows.dtype)
+            rows = rows @ self._basis("far_to_query" if far else "to_query", rows)
         rows = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], dim=-1)
         if out is None and len(parts) == 1:
             return _times(rows, parts[0]).unflatten(2, query.shape[2:4])
@@ -257,8 +283,8 @@ def choose_blocks(
     int64 [B, H, Q, top_k].
 
     Args:
-        query: [B, H, Q, D]. index: of all blocks that may be eligible. far_index: the same for those at a clamped
-            distance, or None where no query has any.
+        query: [B, H, Q, D], of the heads that have a memory alone. index: of all blocks that may be eligible.
+            far_index: the same for those at a clamped distance, or None where no query has any.
         oldest: the first block that may be chosen.
     """
     schedule, memory = ranking.schedule, ranking.schedule.memory

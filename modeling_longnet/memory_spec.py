@@ -16,8 +16,8 @@ so that queries see each key once, all of them if there are no more than top_k b
 depends on how a text was cut into calls. Nothing here has weights, and the choice has no gradient.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 
 RANKS = ("mean+bound", "mean", "bound")
@@ -31,6 +31,28 @@ def _check_count(name: str, value: object, optional: bool = False) -> None:
         raise ValueError(f"`memory`: `{name}` must be {wanted}, got {value!r}.")
 
 
+def _is_indices(value: object, least: int = 1) -> bool:
+    """Whether it is a list of at least so many indices."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) >= least
+    return is_list and not any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value)
+
+
+def _heads_by_layer(heads: object) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Pairs (layer, key/value heads), rising, of a dictionary or of such pairs."""
+    pairs = list(heads.items()) if isinstance(heads, Mapping) else heads
+    try:
+        found = {int(layer) if isinstance(layer, str) else layer: own for layer, own in pairs}
+        is_right = len(found) == len(pairs) and all(_is_indices(x, 0) for x in ([*found], *found.values()))
+    except (TypeError, ValueError):
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            f"`memory`: `heads` must be None or lists of key/value heads by layer, such as {{7: [2], 18: [0, 2]}}, got "
+            f"{heads!r}."
+        )
+    return tuple(sorted((layer, tuple(sorted(set(own)))) for layer, own in found.items()))
+
+
 @dataclass(frozen=True)
 class MemorySpec:
     """How blocks are cut, ranked and read.
@@ -42,6 +64,10 @@ class MemorySpec:
             product that a key within the block's bounds could have, sum over c of max(q_c min_c, q_c max_c) (Quest);
             `"mean+bound"`, their sum. The newer of two equal blocks goes first.
         layers: indices of the layers that have a memory; None for all that are dilated.
+        heads: the key/value heads that have one, by layer, `{7: [2], 18: [0, 2]}`, instead of `layers`: the query heads
+            that read these choose blocks, all others see what the schedule shows, and with `max_distance` sink tokens
+            at a clamped distance, in every layer (which then keeps its tokens). A model finds by a part of its heads;
+            `find_memory_heads` tells which. None for all heads. In JSON layers are strings.
         dimensions: rank in so many calibrated dimensions of a head (`calibrate_memory`), which is cheaper and finds
             less in prose (docs/memory_study.md); None for all.
         max_distance: blocks that begin further back are read as if they began that many tokens before the query, and so
@@ -58,6 +84,7 @@ class MemorySpec:
     top_k: int = 64
     rank: str = "mean+bound"
     layers: tuple[int, ...] | None = None
+    heads: tuple[tuple[int, tuple[int, ...]], ...] | None = None
     dimensions: int | None = None
     max_distance: int | None = None
 
@@ -69,11 +96,13 @@ class MemorySpec:
         if self.rank not in RANKS:
             raise ValueError(f"`memory`: `rank` must be one of {', '.join(map(repr, RANKS))}, got {self.rank!r}.")
         if self.layers is not None:
-            layers = self.layers
-            is_list = isinstance(layers, Sequence) and not isinstance(layers, str)
-            if not is_list or not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
-                raise ValueError(f"`memory`: `layers` must be None or a list of layer indices, got {layers!r}.")
-            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+            if not _is_indices(self.layers):
+                raise ValueError(f"`memory`: `layers` must be None or a list of layer indices, got {self.layers!r}.")
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        if self.heads is not None:
+            if self.layers is not None:
+                raise ValueError("`memory`: `layers` and `heads` both tell which layers have a memory, got both.")
+            object.__setattr__(self, "heads", _heads_by_layer(self.heads))
 
     @classmethod
     def from_dict(cls, settings: "dict | MemorySpec") -> "MemorySpec":
@@ -91,11 +120,41 @@ class MemorySpec:
     def to_dict(self) -> dict:
         """Plain JSON, of which `from_dict` makes the same memory."""
         settings = {name: getattr(self, name) for name in _FIELDS}
-        return settings | {"layers": None if self.layers is None else list(self.layers)}
+        settings["layers"] = None if self.layers is None else list(self.layers)
+        if self.heads is None:
+            del settings["heads"]  # as configurations were before there were any
+        else:
+            settings["heads"] = {str(layer): list(own) for layer, own in self.heads}
+        return settings
+
+    @property
+    def only_layers(self) -> tuple[int, ...] | None:
+        """Indices of the layers that have a memory, None for all."""
+        return self.layers if self.heads is None else tuple(layer for layer, own in self.heads if own)
+
+    @property
+    def only_heads(self) -> tuple[int, ...] | None:
+        """In the memory of one layer: the key/value heads that have it, None for all.
+
+        Raises:
+            ValueError: the heads of several layers.
+        """
+        if self.heads is None:
+            return None
+        if len(self.heads) > 1:
+            raise ValueError(f"`memory`: one attention wants the `heads` of one layer, got {self.only_layers}.")
+        return self.heads[0][1]
 
     def reads_in(self, layer_idx: int) -> bool:
-        """Whether the layer has a memory."""
-        return self.layers is None or layer_idx in self.layers
+        """Whether the layer's attention is not the schedule's alone: it has a memory, or clamps its sinks' distance."""
+        clamps = self.heads is not None and self.max_distance is not None
+        return clamps or self.only_layers is None or layer_idx in self.only_layers
+
+    def of_layer(self, layer_idx: int) -> "MemorySpec | None":
+        """What one layer needs of it, None for nothing."""
+        if not self.reads_in(layer_idx):
+            return None
+        return self if self.heads is None else replace(self, heads={layer_idx: dict(self.heads).get(layer_idx, ())})
 
     def local_start(self, position, window: int, dense_start: int):
         """a(t) above, of an integer or an integer tensor of positions."""

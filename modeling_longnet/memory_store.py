@@ -9,7 +9,7 @@ dimension, d dimensions ranked in.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """What all tokens of a layer have in common. size: b. device: where queries come from."""
+    """What all tokens of a layer have in common. size: b. device: where queries come from. indexed: how many
+    heads have ranked blocks, g; None for all."""
 
     batch: int
     groups: int
@@ -34,12 +35,15 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
     size: int
+    indexed: int | None = None
 
 
-def _gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Rows `tokens` [B, G, ...] of x [B, G, N, D]: [B, G, ..., D]."""
+def _gather(x: torch.Tensor, tokens: torch.Tensor, heads: Sequence[int] | None) -> torch.Tensor:
+    """Rows `tokens` [B, g, ...] of these heads' x [B, G, N, D]: [B, g, ..., D]."""
     batch, groups, room, _ = x.shape
-    first = torch.arange(batch * groups, device=x.device).view(batch, groups, *[1] * (tokens.dim() - 2)) * room
+    first = torch.arange(batch * groups, device=x.device).view(batch, groups)
+    first = first if heads is None else first[:, list(heads)]
+    first = first.view(*tokens.shape[:2], *[1] * (tokens.dim() - 2)) * room
     return x.flatten(0, 2).index_select(0, (tokens.to(x.device) + first).flatten()).unflatten(0, tokens.shape)
 
 
@@ -50,7 +54,7 @@ def whole_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tens
 
 class TensorStore:
     """Keys and values [B, G, room, D], on the device or in the CPU's memory, which is pinned if the device is a GPU.
-    The index of the blocks [B, G, room / b, 2 d] lies on the device. All of it has room for up to half as much more."""
+    The index of the blocks [B, g, room / b, 2 d] lies on the device. All of it has room for up to half as much more."""
 
     is_joint = True  # all rows lie in the same tensors
 
@@ -85,10 +89,10 @@ class TensorStore:
         self.values[row, :, first:end] = value
 
     def write_index(self, name: str, row: slice, first: int, new: torch.Tensor) -> None:
-        """Keeps what ranks blocks `first`, ... [b, G, n, 2 d]."""
+        """Keeps what ranks blocks `first`, ... [b, g, n, 2 d]."""
         index, room = self.indices.get(name), self.keys.shape[2] // self.shape.size
         if index is None:
-            index = new.new_zeros(self.shape.batch, self.shape.groups, room, new.shape[-1])
+            index = new.new_zeros(self.shape.batch, new.shape[1], room, new.shape[-1])
         elif index.shape[2] < room:
             index = torch.nn.functional.pad(index, (0, 0, 0, room - index.shape[2]))
         index[row, :, first : first + new.shape[2]] = new
@@ -108,9 +112,9 @@ class TensorStore:
         """Keys and values of some tokens on the device, [b, G, end - begin, D]."""
         return tuple(x[row, :, begin:end].to(self.shape.device) for x in (self.keys, self.values))
 
-    def gather(self, tokens: torch.Tensor) -> Pair:
-        """Of single tokens [B, G, ...] of all rows, on the device: [B, G, ..., D]."""
-        return tuple(_gather(x, tokens).to(self.shape.device) for x in (self.keys, self.values))
+    def gather(self, tokens: torch.Tensor, heads: Sequence[int] | None = None) -> Pair:
+        """Of single tokens [B, g, ...] of all rows and g of the heads, None for all, on the device: [B, g, ..., D]."""
+        return tuple(_gather(x, tokens, heads).to(self.shape.device) for x in (self.keys, self.values))
 
     def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
         """Of whole blocks [m] of one row and head, on the device: [m, b, D]."""
@@ -139,7 +143,7 @@ class TensorStore:
 
 
 class RowFiles:
-    """One row's pages on disk: `tokens`, records [2, G, D], and an index [G, 2 d] for each name, made when it comes."""
+    """One row's pages on disk: `tokens`, records [2, G, D], and an index [g, 2 d] for each name, made when it comes."""
 
     def __init__(
         self, folder: StoreFolder, layer: int, row: int, shape: Shape, count: int = 0, widths: dict | None = None
@@ -155,8 +159,8 @@ class RowFiles:
         return copy.copy(self) if copy.deepcopy(self.folder, memo) is self.folder else None
 
     def _index(self, name: str, width: int, count: int = 0) -> PageFile:
-        dtype = torch.promote_types(self.shape.dtype, torch.float32)
-        return self.folder.file(name, self.layer, self.row, (self.shape.groups, width), dtype, count)
+        dtype, heads = torch.promote_types(self.shape.dtype, torch.float32), self.shape.indexed or self.shape.groups
+        return self.folder.file(name, self.layer, self.row, (heads, width), dtype, count)
 
     def write(self, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Tokens [G, T, D]."""
@@ -189,10 +193,11 @@ class RowFiles:
         records = self.tokens.records[begin:end].permute(1, 2, 0, 3).contiguous().to(self.shape.device)
         return records[:1], records[1:]
 
-    def gather(self, tokens: torch.Tensor) -> Pair:
-        """Of tokens [G, ...]: [G, ..., D]."""
+    def gather(self, tokens: torch.Tensor, heads: Sequence[int] | None = None) -> Pair:
+        """Of tokens [g, ...] of g of the heads: [g, ..., D]."""
         groups, flat = self.shape.groups, self.tokens.records.flatten(0, 2)
-        head = torch.arange(groups).view(groups, *[1] * (tokens.dim() - 1))
+        head = torch.arange(groups) if heads is None else torch.tensor(heads)
+        head = head.view(-1, *[1] * (tokens.dim() - 1))
         first = tokens.cpu() * 2 * groups + head
         rows = torch.stack([first, first + groups]).flatten()
         return tuple(flat.index_select(0, rows).unflatten(0, (2, *tokens.shape)).to(self.shape.device))
@@ -237,8 +242,8 @@ class FileStore:
         pairs = [files.span(begin, end) for files in self._of(row)]
         return tuple(torch.cat(x) for x in zip(*pairs))
 
-    def gather(self, tokens: torch.Tensor) -> Pair:
-        pairs = [files.gather(x) for files, x in zip(self.rows, tokens)]
+    def gather(self, tokens: torch.Tensor, heads: Sequence[int] | None = None) -> Pair:
+        pairs = [files.gather(x, heads) for files, x in zip(self.rows, tokens)]
         return tuple(torch.stack(x) for x in zip(*pairs))
 
     def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
@@ -320,16 +325,16 @@ class BankedStore:
             return pair
         return tuple(torch.cat(x, dim=2) for x in zip(pair, self.own.span(row, 0, end - own)))
 
-    def gather(self, tokens: torch.Tensor) -> Pair:
+    def gather(self, tokens: torch.Tensor, heads: Sequence[int] | None = None) -> Pair:
         begins = torch.tensor(self.begins, device=tokens.device).view(-1, *[1] * (tokens.dim() - 1))
-        own = self.own.gather((tokens - begins).clamp(min=0))
+        own = self.own.gather((tokens - begins).clamp(min=0), heads)
         pairs = []
         for base, begin, own_tokens, wanted in zip(self.bases, self.begins, zip(*own), tokens):
             if base is None or not begin:
                 pairs.append(own_tokens)
                 continue
             inside = (wanted < begin)[..., None]
-            found = base.gather(wanted.clamp(max=begin - 1))
+            found = base.gather(wanted.clamp(max=begin - 1), heads)
             pairs.append(tuple(torch.where(inside, x, y) for x, y in zip(found, own_tokens)))
         return tuple(torch.stack(x) for x in zip(*pairs))
 

@@ -165,7 +165,7 @@ def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
 
 
 @outside_graphs
-def _layer_memory(module: torch.nn.Module, order: torch.Tensor | None, heads: Heads):
+def _layer_memory(module: torch.nn.Module, settings: dict, order: torch.Tensor | None, heads: Heads):
     """What a layer with a memory knows for it: a `LayerMemory`."""
     memory = getattr(module, LAYER_MEMORY, None)
     if memory is None:
@@ -177,10 +177,11 @@ def _layer_memory(module: torch.nn.Module, order: torch.Tensor | None, heads: He
         raise ValueError(
             "`attention_mask` has padding between the tokens of a row, which a memory does not read. Pad on the left."
         )
-    if memory.basis is not None and heads.num_heads != heads.total:
+    told = "dimensions" if memory.basis is not None else "heads" if settings["memory"].get("heads") else None
+    if told and heads.num_heads != heads.total:
         raise ValueError(
-            "`memory`: `dimensions` are calibrated for all heads of a layer, and this rank has "
-            f"{heads.num_heads} of {heads.total}: leave `dimensions` out under tensor parallelism."
+            f"`memory`: `{told}` are told for all heads of a layer, and this rank has {heads.num_heads} of "
+            f"{heads.total}: leave `{told}` out under tensor parallelism."
         )
     return memory
 
@@ -213,7 +214,7 @@ def run_bounded(
             _warn_beyond_native_context(module.config, int(layer.get_seq_length()) + query.shape[2], settings)
     heads = heads_of(module, query, key)
     if layer.schedule.memory is not None:
-        layer.ranking = _layer_memory(module, order, heads).ranking(layer.schedule)
+        layer.ranking = _layer_memory(module, settings, order, heads).ranking(layer.schedule)
         layer.position_ids = kwargs.get("position_ids")
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
@@ -282,7 +283,7 @@ def run_dilated(module, query, key, value, mask, settings: dict, dropout, scalin
     heads = heads_of(module, query, key)
     schedule, memory = DilationSchedule.from_config(module.config).of_layer(module.layer_idx), {}
     if schedule.memory is not None:
-        known = _layer_memory(module, documents.order, heads)
+        known = _layer_memory(module, settings, documents.order, heads)
         memory = {"inv_freq": known.inv_freq, "basis": known.basis}
         offset = angle_offset(documents, kwargs.get("position_ids"), len(query), length)
         query, key = (query, key) if offset is None else anchor(query, key, offset, known.inv_freq)

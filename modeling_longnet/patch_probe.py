@@ -74,7 +74,7 @@ def _why_not(module: nn.Module, query, key, value, mask, arguments: dict) -> str
 
 
 @contextlib.contextmanager
-def _tapped(model: nn.Module, tap: Callable) -> Iterator[None]:
+def tapped(model: nn.Module, tap: Callable) -> Iterator[None]:
     """While open, the model is in eval mode without gradients, and `tap` gets its calls of the attention function."""
     modules = {module: module.training for module in model.modules()}
     for module in modules:
@@ -98,7 +98,7 @@ def reading(model: nn.Module, function: Callable) -> Iterator[None]:
         function(module, query, key)
         return run_original(original, module, query, key, *rest, **arguments)
 
-    with _tapped(model, read):
+    with tapped(model, read):
         yield
 
 
@@ -133,7 +133,7 @@ def probe_attention(model: PreTrainedModel, **kwargs) -> Probe:
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     hooks = [module.register_forward_hook(lambda module, *_: probe.embeddings.add(module)) for module in embeddings]
     try:
-        with _tapped(model, probe):
+        with tapped(model, probe):
             model(input_ids=input_ids, **{"use_cache": False, **kwargs})
     except torch.OutOfMemoryError:
         raise

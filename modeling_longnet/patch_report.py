@@ -61,7 +61,7 @@ class PatchReport:
         if self.unbounded:
             lines.append(f"  cache           `generate` takes the model's own, which grows: {self.unbounded}")
         if s.memory is not None:
-            where = "all" if s.memory.layers is None else len(s.memory.layers)
+            where = "all" if s.memory.only_layers is None else len(s.memory.only_layers)
             lines.append(
                 f"  memory          {s.memory.top_k} blocks of {s.memory.block_size} tokens a query, chosen among all "
                 f"earlier ones, in {where} patched layers"

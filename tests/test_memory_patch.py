@@ -30,6 +30,10 @@ VARIANTS = {
     "beside-dilated": ([8, 32], [1, 2], {"block_size": 4, "top_k": 3}),
     "some-layers": ([8], [1], {"block_size": 2, "top_k": 4, "layers": [0, 2]}),
     "clamped": ([8], [1], {"block_size": 4, "top_k": 4, "max_distance": 24}),
+    "some-heads": ([8], [1], {"block_size": 4, "top_k": 3, "heads": {0: [1], 2: [0, 1]}, "max_distance": 40}),
+    "few-dimensions-of-a-head": (
+        [8, 32], [1, 2], {"block_size": 4, "top_k": 3, "heads": {"1": [0]}, "dimensions": 3, "max_distance": 40}
+    ),
     "few-dimensions": ([8], [1], {"block_size": 4, "top_k": 3, "dimensions": 3, "max_distance": 40}),
 }
 
@@ -83,9 +87,10 @@ def read(model, text, sizes, cache=None, **kwargs):
 WIDTH, QUIET, NAMES, NUMBERS = 64, 6, 30, 11
 
 
-def recall_model() -> tuple[LlamaForCausalLM, torch.Tensor, torch.Tensor]:
-    """One layer that recalls what its text says: tokens (name, number) tell that a name has a number, and asked for a
-    name it answers with the number. Also the tokens of all pairs [NAMES, NUMBERS] and of the questions.
+def recall_model(layers: int = 1, finds: int = 0) -> tuple[LlamaForCausalLM, torch.Tensor, torch.Tensor]:
+    """One layer, the one that finds, recalls what its text says: tokens (name, number) tell that a name has a number,
+    and asked for a name it answers with the number; other layers do nothing. Also the tokens of all pairs
+    [NAMES, NUMBERS] and of the questions.
 
     Half of a token's vector is a code of its name, the other of its number. Queries and keys are the names' codes, in
     channels that rotary embeddings hardly turn; values are the numbers' codes.
@@ -94,7 +99,7 @@ def recall_model() -> tuple[LlamaForCausalLM, torch.Tensor, torch.Tensor]:
     half = WIDTH // 2
     vocabulary = NUMBERS + NAMES * NUMBERS + NAMES
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=4, num_hidden_layers=layers, num_attention_heads=1,
         head_dim=half, max_position_embeddings=4096, rope_theta=1e9, eos_token_id=None, bos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
@@ -105,7 +110,7 @@ def recall_model() -> tuple[LlamaForCausalLM, torch.Tensor, torch.Tensor]:
     numbers[:, half:] = torch.nn.functional.normalize(torch.randn(NUMBERS, half), dim=-1)
     pairs = NUMBERS + torch.arange(NAMES * NUMBERS).view(NAMES, NUMBERS)
     questions = NUMBERS + NAMES * NUMBERS + torch.arange(NAMES)
-    layer = model.model.layers[0]
+    layer = model.model.layers[finds]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0 if parameter.dim() == 1 else 0.0)

@@ -23,7 +23,7 @@ SIZES = [50, 1, 1, 30, 7, 42]
 KINDS = ["cpu", "fetched", "disk"]
 
 
-@pytest.fixture(params=["beside-dilated", "some-layers", "few-dimensions"])
+@pytest.fixture(params=["beside-dilated", "some-layers", "some-heads", "few-dimensions"])
 def model(request):
     return with_memory(request.param)
 
