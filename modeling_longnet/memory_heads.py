@@ -5,50 +5,66 @@ much worse facts are told then that are planted in a text and asked for behind i
 itself is predicted. Few layers find, half of them predict nearly as well without (docs/memory_study.md).
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .dilated_attention import scheduled_attention
 from .dilation_schedule import DilationSchedule, as_integer
 from .patch_attention import heads_of, run_original
 from .patch_probe import tapped
 from .patching import is_patched
-from .transformers_compat import text_config_of, unwrap
+from .transformers_compat import named_cache, text_config_of, unwrap
 
 
-FACTS = (("Alma", 4817), ("Bruno", 9302), ("Clara", 2658), ("Dario", 7134), ("Edith", 5469), ("Felix", 1093))
+NAMES = ("Alma", "Bruno", "Clara", "Dario", "Edith")
 FACT = "\nThe secret number of {name} is {number}.\n"
 QUESTION = "\nWhat is the secret number of {name}? The secret number of {name} is"
 
 
-def _sequence(tokenizer, text: str, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens [N] of the text with facts in it and questions behind it, and which of them are answers, and which text.
+@dataclass(frozen=True)
+class Case:
+    """tokens: of a text with facts in it, [N], of which `words` [N] are the text's own. asked: question, answer, each
+    behind the text."""
+
+    tokens: torch.Tensor
+    words: torch.Tensor
+    asked: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def number_of(name: int, text: int) -> str:
+    """Seven digits, that of no other name or text."""
+    return str(10**6 + (7919 * name + 104729 * text + 1) * 48271 % (9 * 10**6))
+
+
+def make_case(tokenizer, text: str, index: int, length: int, device: torch.device) -> Case:
+    """Facts evenly spread over the first `length` tokens of a text.
 
     Raises:
-        ValueError: a text of fewer tokens than `length`.
+        ValueError: a text of fewer tokens.
     """
 
     def encode(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
 
-    words = encode(text)
-    if len(words) < length:
-        raise ValueError(f"`text` must have at least `length` tokens, {length}, got {len(words)}.")
-    parts, step = [], length // (len(FACTS) + 2)  # the last two parts lie between the last fact and the first question
-    for i, (name, number) in enumerate(FACTS):
-        parts.append((words[i * step : (i + 1) * step], "text"))
-        parts.append((encode(FACT.format(name=name, number=number)), ""))
-    parts.append((words[len(FACTS) * step : length], "text"))
-    for name, number in FACTS:
-        parts.append((encode(QUESTION.format(name=name)), ""))
-        parts.append((encode(f" {number}"), "answer"))
-    kinds = [kind for tokens, kind in parts for _ in tokens]
-    told = (torch.tensor([kind == wanted for kind in kinds]) for wanted in ("answer", "text"))
-    return torch.tensor([token for tokens, _ in parts for token in tokens]), *told
+    own = encode(text)
+    if len(own) < length:
+        raise ValueError(f"each of `texts` must have at least `length` tokens, {length}, got {len(own)}.")
+    step, tokens, words, asked = length // (len(NAMES) + 1), [], [], []
+    for i, name in enumerate(NAMES):
+        fact = encode(FACT.format(name=name, number=number_of(i, index)))
+        tokens += own[i * step : (i + 1) * step] + fact
+        words += [True] * step + [False] * len(fact)
+        pair = encode(QUESTION.format(name=name)), encode(f" {number_of(i, index)}")
+        asked.append(tuple(torch.tensor(x, device=device) for x in pair))
+    rest = own[len(NAMES) * step : length]
+    words = torch.tensor(words + [True] * len(rest), device=device)
+    return Case(torch.tensor(tokens + rest, device=device), words, asked)
 
 
 def _without(layer: int | None, schedule: DilationSchedule, groups: dict[int, int]):
@@ -65,19 +81,43 @@ def _without(layer: int | None, schedule: DilationSchedule, groups: dict[int, in
     return attend
 
 
+@torch.inference_mode()
+def _losses(model: nn.Module, case: Case, first: int) -> tuple[float, float]:
+    """Of an answer, on average, and of a word of the text's from token `first` on."""
+
+    def read(cache: Cache, tokens: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=tokens[None], use_cache=True, **named_cache(cache)).logits[0].float()
+
+    cache, told = DynamicCache(config=model.config), []
+    each = cross_entropy(read(cache, case.tokens)[:-1], case.tokens[1:], reduction="none")
+    for question, answer in case.asked:
+        logits = read(cache, torch.cat([question, answer]))[-len(answer) - 1 : -1]
+        told.append(cross_entropy(logits, answer, reduction="sum").item())
+        cache.crop(-len(question) - len(answer))
+    return sum(told) / len(told), each[first:][case.words[first + 1 :]].mean().item()
+
+
 def find_memory_heads(
-    model: nn.Module, tokenizer, text: str, num_layers: int, *, length: int = 2048, progress: bool = True
+    model: PreTrainedModel,
+    tokenizer,
+    texts: Sequence[str],
+    num_layers: int,
+    *,
+    length: int = 2048,
+    progress: bool = True,
 ) -> dict[int, list[int]]:
     """All key/value heads of the layers that are worth a memory most, for `memory={"heads": ...}`.
 
-    Half of them are those without which the model would find facts worst in the text, half those without which it would
-    predict the text worst. One forward of `length` tokens for each layer; weights and settings stay as they are.
+    Half of them are those without which the model would tell facts worst that are planted in the texts, half those
+    without which it would predict the texts worst. One forward of `length` tokens for each layer and text; weights and
+    settings stay as they are.
 
     Args:
         model: patched, with or without a memory; what a layer without one sees is this schedule.
-        tokenizer: called with text. text: like that to be read, of at least `length` tokens.
+        tokenizer: called with text. texts: like those to be read, of at least `length` tokens each; with one alone the
+            choice is little better than chance for most layers, three are a good number.
         num_layers: how many of the patched layers; half of them is a good beginning, with twice the `top_k`.
-        length: tokens of the text that are read, within the model's native context with some 200 more, and at least
+        length: tokens of a text that are read, within the model's native context with some 200 more, and at least
             twice the first segment.
 
     Raises:
@@ -93,15 +133,15 @@ def find_memory_heads(
     least = 2 * schedule.segment_lengths[0]
     if as_integer(length) is None or length < least:
         raise ValueError(f"`length` must be an integer of at least twice the first segment, {least}, got {length!r}.")
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`texts` must be a list of texts, got {texts!r:.100}.")
     device = base.get_input_embeddings().weight.device
-    ids, answers, words = (x.to(device) for x in _sequence(tokenizer, text, length))
-    words[: schedule.segment_lengths[0]] = False  # read densely anyway
+    cases = [make_case(tokenizer, text, i, length, device) for i, text in enumerate(texts)]
     losses, groups = [], {}
     for layer in tqdm([None, *layers], desc="layers", disable=not progress):
         with tapped(base, _without(layer, schedule, groups)):
-            logits = base(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            each = cross_entropy(logits.float(), ids[1:], reduction="none")
-        losses.append(torch.stack([each[kind[1:]].mean() for kind in (answers, words)]))
+            told = [_losses(base, case, schedule.segment_lengths[0]) for case in cases]  # before it all is dense
+        losses.append(torch.tensor(told).mean(0))
     worse = torch.stack(losses[1:]) - losses[0]  # [layers, 2]
     return {layer: list(range(groups[layer])) for layer in _best(layers, worse, num_layers)}
 

@@ -9,7 +9,8 @@ import torch
 from test_memory_patch import NAMES, NUMBERS, logits, recall_model, tiny_llama, tokens
 
 from modeling_longnet import DilatedCache, LongNetConfig, find_memory_heads, load_patched_model, patch_model
-from modeling_longnet.memory_heads import FACTS, _best
+from modeling_longnet.memory_heads import NAMES as TOLD
+from modeling_longnet.memory_heads import _best
 from modeling_longnet.memory_spec import MemorySpec
 from modeling_longnet.transformers_compat import named_cache
 
@@ -20,23 +21,19 @@ class RecallTokens:
     PIECES = re.compile(r"\nThe secret number of (\w+) is (\d+)\.\n|\nWhat is the secret number of (\w+)\?.* is|(\S+)")
 
     def __init__(self, pairs: torch.Tensor, questions: torch.Tensor):
-        self.pairs, self.questions, self.names = pairs, questions, [name for name, _ in FACTS]
+        self.pairs, self.questions = pairs, questions
 
     def __call__(self, text: str, **_) -> dict[str, list[int]]:
         return {"input_ids": [self._token(*match) for match in self.PIECES.findall(text)]}
 
     def _token(self, told: str, number: str, asked: str, word: str) -> int:
         if told:
-            return int(self.pairs[self.names.index(told), self._number(number)])
+            return int(self.pairs[TOLD.index(told), int(number) % NUMBERS])
         if asked:
-            return int(self.questions[self.names.index(asked)])
-        if int(word) in (number for _, number in FACTS):
-            return self._number(word)
-        return int(self.pairs[len(FACTS) + int(word) % (NAMES - len(FACTS)), int(word) // 7 % NUMBERS])
-
-    @staticmethod
-    def _number(number: str) -> int:
-        return int(number) % NUMBERS
+            return int(self.questions[TOLD.index(asked)])
+        if len(word) == 7:  # an answer
+            return int(word) % NUMBERS
+        return int(self.pairs[len(TOLD) + int(word) % (NAMES - len(TOLD)), int(word) // 7 % NUMBERS])
 
 
 TEXT = " ".join(str(i) for i in range(2000))
@@ -48,7 +45,7 @@ def test_the_layer_that_finds_is_found_and_finds_with_a_memory(finds):
     tokenizer = RecallTokens(pairs, questions)
     patch_model(model, [32, 128], [1, 4])
     before = {name: x.clone() for name, x in model.state_dict().items()}, copy.deepcopy(model.config.dilated_attention)
-    found = find_memory_heads(model, tokenizer, TEXT, 1, length=600, progress=False)
+    found = find_memory_heads(model, tokenizer, [TEXT, TEXT], 1, length=600, progress=False)
     assert found == {finds: [0]}
     assert all(torch.equal(x, before[0][name]) for name, x in model.state_dict().items())
     assert model.config.dilated_attention == before[1]
@@ -67,15 +64,16 @@ def test_two_rankings_are_taken_in_turn():
 
 @pytest.mark.parametrize("changes, message", [
     ({"num_layers": 0}, "`num_layers`"), ({"num_layers": 4}, "`num_layers`"), ({"num_layers": True}, "`num_layers`"),
-    ({"length": 63}, "`length`"), ({"length": 3000}, "`text` must have at least"),
+    ({"length": 63}, "`length`"), ({"length": 3000}, "each of `texts` must have at least"),
+    ({"texts": TEXT}, "`texts` must be a list"), ({"texts": []}, "`texts` must be a list"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(changes, message):
     model, *tables = recall_model(3)
-    arguments = {"num_layers": 1, "length": 600, "progress": False} | changes
+    arguments = {"texts": [TEXT], "num_layers": 1, "length": 600, "progress": False} | changes
     with pytest.raises(ValueError, match="`model` must be patched"):
-        find_memory_heads(model, RecallTokens(*tables), TEXT, **arguments)
+        find_memory_heads(model, RecallTokens(*tables), **arguments)
     with pytest.raises(ValueError, match=message):
-        find_memory_heads(patch_model(model, [32], [1]), RecallTokens(*tables), TEXT, **arguments)
+        find_memory_heads(patch_model(model, [32], [1]), RecallTokens(*tables), **arguments)
 
 
 @pytest.mark.parametrize("heads", [3, {0: 1}, {0: [-1]}, {0: [True]}, {"x": [0]}, {-1: [0]}, {0: [0], "0": [1]}, "0"])
