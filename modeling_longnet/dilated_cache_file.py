@@ -24,7 +24,7 @@ from .transformers_compat import text_config_of
 
 FORMAT = "longnet-dilated-cache-1"
 FOLDER_FORMAT = "longnet-memory-folder-1"
-STORED = ("keys", "values", *INDICES)  # what a layer may hold, by name
+STORED = ("keys", "values", "forgotten", *INDICES)  # what a layer may hold, by name
 SAMPLES = 64  # values of each weight that enter the fingerprint; training changes nearly all of them
 # Names in a configuration that say where a model comes from, how it is stored, or how it generates.
 NOT_COMPUTED = (

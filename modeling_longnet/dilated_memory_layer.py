@@ -15,11 +15,12 @@ from .attention_kernels import choose_backend, own_precision
 from .dilated_cache_layer import DilatedLayer, Step
 from .dilation_schedule import Heads
 from .memory_attention import MemoryCall, attend_memory, attend_stored, choose_indexed
+from .memory_fetching import all_before
 from .memory_pages import StoreFolder
 from .memory_positions import anchor
 from .memory_search import Ranking, outside_graphs
 from .memory_step import attend_step
-from .memory_store import Shape, Store, make_store
+from .memory_store import Shape, Store, TensorStore, make_store
 
 
 class MemoryLayer(DilatedLayer):
@@ -59,7 +60,19 @@ class MemoryLayer(DilatedLayer):
     @outside_graphs
     def attend(self, step: Step, query, key, value, scale: float, backend: str | None) -> torch.Tensor:
         with own_precision(query):
-            return super().attend(step, query, key, value, scale, backend)
+            out = super().attend(step, query, key, value, scale, backend)
+        if not self.searches:
+            self._forget(min(step.news[0]))
+        return out
+
+    def _forget(self, first: int) -> None:
+        """Without a memory, no token before the longest segment will be read again: one more is kept, that as much may
+        be cropped. Nothing is forgotten that waits for a crop, or that gradients may want."""
+        longest, size = max(self.schedule.segment_lengths), self.schedule.memory.block_size
+        end = ((first // longest - 1) * longest - self.schedule.window) // size * size
+        held = isinstance(self.store, TensorStore) and not self.record_past and not torch.is_grad_enabled()
+        if held and end > self.store.sinks + self.store.forgotten and end > self.schedule.num_sink_tokens:
+            self.store.forget(self.schedule.num_sink_tokens, end)
 
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
         if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint or self.reach is not None:
@@ -112,7 +125,7 @@ class MemoryLayer(DilatedLayer):
         fetched = query.shape[2] * self.heads.per_group * (memory.top_k + 1) * memory.block_size  # tokens, at most
         if not wants_grad and (past is None or fetched < end):
             return attend_stored(call, query, self.store, row, chosen)
-        past = self.store.span(row, 0, end) if past is None else past
+        past = all_before(self.store, row, end) if past is None else past
         if wants_grad:  # gradients reach the new tokens; what came before is state
             past = [torch.cat([x[:, :, : call.start], y], 2) for x, y in zip(past, (key, value))]
         return attend_memory(call, query, *past, chosen)[0]

@@ -14,12 +14,13 @@ from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros,
 from .attention_kernels import get_kernel, own_precision
 from .dilation_plan import SINKS, Block, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
+from .memory_fetching import StoredKeys
 from .memory_pieces import PieceAttention, Stretch
 from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
 from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks, outside_graphs
-from .memory_store import Store, StoredKeys, whole_blocks
+from .memory_store import Store, whole_blocks
 
 
 FETCHED = 2**18  # tokens that one stretch of queries may have fetched for it

@@ -9,13 +9,11 @@ dimension, d dimensions ranked in.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from .attention_blocks import block_positions
-from .dilation_plan import Block, Rows
 from .memory_pages import ROOM_STEP, PageFile, StoreFolder
 
 
@@ -54,12 +52,16 @@ def whole_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tens
 
 class TensorStore:
     """Keys and values [B, G, room, D], on the device or in the CPU's memory, which is pinned if the device is a GPU.
-    The index of the blocks [B, g, room / b, 2 d] lies on the device. All of it has room for up to half as much more."""
+    The index of the blocks [B, g, room / b, 2 d] lies on the device. All of it has room for up to half as much more.
+
+    Tokens that no query will read may be forgotten: `forgotten`, how many are, from position `sinks` on.
+    """
 
     is_joint = True  # all rows lie in the same tensors
 
     def __init__(self, shape: Shape, on_device: bool):
         self.shape, self.on_device = shape, on_device
+        self.sinks = self.forgotten = 0
         self.indices: dict[str, torch.Tensor] = {}
         self.keys, self.values = self._empty(0), self._empty(0)
 
@@ -72,12 +74,13 @@ class TensorStore:
     def _pins(self) -> bool:
         return not self.on_device and self.shape.device.type == "cuda"
 
-    def _place(self, x: torch.Tensor) -> torch.Tensor:
+    def _place_tensor(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.keys.device)
         return x.pin_memory() if self._pins else x
 
     def write(self, row: slice, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps tokens [b, G, T, D] of these rows, from position `first` on."""
+        first = self._place(first)
         end, held = first + key.shape[2], self.keys.shape[2]
         if end > held:
             room = -(-max(end, held * 3 // 2) // ROOM_STEP) * ROOM_STEP
@@ -87,6 +90,29 @@ class TensorStore:
                 setattr(self, name, grown)
         self.keys[row, :, first:end] = key
         self.values[row, :, first:end] = value
+
+    def _place(self, position: int) -> int:
+        """Where a position's token lies.
+
+        Raises:
+            ValueError: it was forgotten.
+        """
+        if position < self.sinks or not self.forgotten:
+            return position
+        if position < self.sinks + self.forgotten:
+            raise ValueError(
+                f"`cache` has forgotten the tokens {self.sinks} to {self.sinks + self.forgotten - 1}, which no query "
+                f"reads any more, and was asked for {position}."
+            )
+        return position - self.forgotten
+
+    def forget(self, sinks: int, end: int) -> None:
+        """Lets go of the tokens `sinks`, ..., end - 1 of all rows."""
+        kept = self._place(end)
+        for name in ("keys", "values"):
+            x = getattr(self, name)
+            setattr(self, name, self._place_tensor(torch.cat([x[:, :, :sinks], x[:, :, kept:]], dim=2)))
+        self.sinks, self.forgotten = sinks, end - sinks
 
     def write_index(self, name: str, row: slice, first: int, new: torch.Tensor) -> None:
         """Keeps what ranks blocks `first`, ... [b, g, n, 2 d]."""
@@ -104,16 +130,21 @@ class TensorStore:
 
     def whole(self, row: slice, end: int) -> Pair | None:
         """Keys and values of the first `end` tokens, [b, G, end, D], where they are on the device already."""
-        if self.keys.device != self.shape.device:
+        if self.keys.device != self.shape.device or self.forgotten:
             return None
         return self.keys[row, :, :end], self.values[row, :, :end]
 
     def span(self, row: slice, begin: int, end: int) -> Pair:
         """Keys and values of some tokens on the device, [b, G, end - begin, D]."""
-        return tuple(x[row, :, begin:end].to(self.shape.device) for x in (self.keys, self.values))
+        if begin < self.sinks < end:
+            self._place(self.sinks)  # refuses what was forgotten between them
+        places = slice(self._place(begin), self._place(end - 1) + 1) if begin < end else slice(0)
+        return tuple(x[row, :, places].to(self.shape.device) for x in (self.keys, self.values))
 
     def gather(self, tokens: torch.Tensor, heads: Sequence[int] | None = None) -> Pair:
         """Of single tokens [B, g, ...] of all rows and g of the heads, None for all, on the device: [B, g, ..., D]."""
+        if self.forgotten:
+            tokens = torch.where(tokens < self.sinks, tokens, (tokens - self.forgotten).clamp(min=0))
         return tuple(_gather(x, tokens, heads).to(self.shape.device) for x in (self.keys, self.values))
 
     def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
@@ -125,15 +156,24 @@ class TensorStore:
         self.restore({name: function(x) for name, x in self.stored().items()})
 
     def stored(self) -> dict[str, torch.Tensor]:
-        return {"keys": self.keys, "values": self.values, **self.indices}
+        stored = {"keys": self.keys, "values": self.values, **self.indices}
+        if self.forgotten:
+            gone = torch.tensor([self.sinks, self.forgotten], device=self.keys.device)
+            stored["forgotten"] = gone.expand(len(self.keys), -1)
+        return stored
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.keys, self.values = self._place(tensors["keys"]), self._place(tensors["values"])
+        self.keys, self.values = self._place_tensor(tensors["keys"]), self._place_tensor(tensors["values"])
+        gone = tensors.get("forgotten", torch.zeros(1, 2)).long().unique(dim=0)
+        if gone.shape != (1, 2) or int(gone.min()) < 0:
+            raise ValueError(f"tells impossible numbers of forgotten tokens, {gone.tolist()}")
+        self.sinks, self.forgotten = gone[0].tolist()
         self.indices = {name: tensors[name].to(self.shape.device) for name in INDICES if name in tensors}
         self.shape = replace(self.shape, batch=len(self.keys))
 
     def reset(self) -> None:
         self.keys, self.values, self.indices = self.keys[:, :, :0], self.values[:, :, :0], {}
+        self.sinks = self.forgotten = 0
 
     def bytes(self) -> dict[str, int]:
         """By where they lie."""
@@ -365,38 +405,6 @@ class BankedStore:
 
 
 Store = TensorStore | FileStore | BankedStore
-
-
-class StoredKeys:
-    """What a plan's blocks show of a store's rows alike, fetched: `key` and `value` [B, G, M, D], in the order that
-    `locate` tells (see `VisibleKeys`); and the blocks that are chosen, as they are asked for.
-
-    Args:
-        recent: the first position from which on all keys lie in `key`, up to `end`; behind them what else is shown.
-    """
-
-    def __init__(self, store: Store, row: slice, blocks: Iterable[Block], recent: int, end: int):
-        self.store, self.row, self.first, self.end = store, row, max(0, recent), end
-        pairs, length = [store.span(row, self.first, end)], end - self.first
-        self.places: dict[int, torch.Tensor] = {}
-        for block in blocks:
-            if block.region.kind != "zeros" and block.region.keys.start < self.first:
-                position = block_positions(block.region.keys, block, store.shape.device)
-                begin = int(position.min())
-                pair = store.span(row, begin, int(position.max()) + 1)
-                pairs.append(tuple(x.index_select(2, position - begin) for x in pair))
-                self.places[id(block)] = torch.arange(length, length + len(position), device=position.device)
-                length += len(position)
-        self._shown = blocks  # that their ids stay theirs
-        self.key, self.value = pairs[0] if len(pairs) == 1 else (torch.cat(x, dim=2) for x in zip(*pairs))
-
-    def locate(self, block: Block) -> Rows | torch.Tensor:
-        """Where a block's keys lie in `key`."""
-        place = self.places.get(id(block))
-        return block.region.keys.shift(-self.first) if place is None else place
-
-    def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
-        return self.store.blocks((self.row.start or 0) + row, group, numbers)
 
 
 def open_store(kind: str, path, has_memory: bool) -> StoreFolder | None:

@@ -155,12 +155,14 @@ def _patched_settings(module: torch.nn.Module) -> dict:
 
 def _warn_beyond_native_context(config, length: int, settings: dict) -> None:
     native, memory = getattr(config, "max_position_embeddings", None), settings.get("memory") or {}
-    clamps = memory.get("max_distance") is not None and memory["layers"] is None
+    is_clamped = memory.get("max_distance") is not None and memory["layers"] is None
+    clamps = is_clamped and native and max(settings["segment_lengths"]) <= native
     if native and length > native and not settings["rope_scaling"] and not clamps:
         # Without the length: `warning_once` keeps each message that it has given, and gives every other one.
         logger.warning_once(
             f"more tokens are asked of a model than its native context of {native}, without position scaling: expect "
-            "poor predictions beyond it. Patch with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
+            "poor predictions beyond it. Patch with segments within it and `memory={'heads': {}}`, which clamps the "
+            "distance of sink tokens, or with `rope_scaling={'rope_type': 'yarn', 'factor': ...}`."
         )
 
 

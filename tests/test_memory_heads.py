@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
-from test_memory_patch import NAMES, NUMBERS, logits, recall_model, tiny_llama, tokens
+from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_model, tiny_llama, tokens
 
 from modeling_longnet import DilatedCache, LongNetConfig, find_memory_heads, load_patched_model, patch_model
+from modeling_longnet.dilated_cache_file import load_cache, save_cache
 from modeling_longnet.memory_heads import NAMES as TOLD
 from modeling_longnet.memory_heads import _best
 from modeling_longnet.memory_spec import MemorySpec
@@ -120,3 +121,56 @@ def test_with_heads_no_layer_leaves_the_native_context(caplog):
         with caplog.at_level(logging.WARNING):
             logits(model, text)
         assert any("native context" in record.message for record in caplog.records) == warns
+
+
+@pytest.mark.parametrize("kind", ["device", "cpu"])
+def test_without_a_memory_a_layer_forgets_and_gives_the_full_forward(kind, tmp_path):
+    """Also behind a crop, for rows that stand elsewhere, and for a cache that was saved."""
+    model = patch_model(tiny_llama(max_position_embeddings=64), [8, 32], [1, 2], memory={"top_k": 3, "heads": {2: [1]}})
+    text = tokens(333, batch=2)
+    expected, cache = logits(model, text), DilatedCache(model.config, store=kind)
+    outs = [read(model, text[:, :200], [50, 1, 1, 30, 7, 42], cache)[0]]
+    assert [layer.store.forgotten > 90 for layer in cache.layers] == [True, True, False]
+    cache.activate_past_recording()
+    read(model, tokens(40, batch=2), [11], cache)
+    cache.crop(-40)
+    save_cache(tmp_path / "cache.safetensors", cache, model)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    for own, rows in ((cache, [1, 0]), (load_cache(tmp_path / "cache.safetensors", model)[0], [0, 1])):
+        again, _ = read(model, text[rows, 200:], [100, 1, 32], own)
+        torch.testing.assert_close(again, expected[rows, 200:], **TOLERANCE)
+    torch.testing.assert_close(outs[0], expected[:, :200], **TOLERANCE)
+    held = [layer.store.keys.shape[2] for layer in cache.layers]
+    assert held[0] <= held[2]
+    last = text[[1, 0], -9:]
+    with_gradients = model(input_ids=last, use_cache=True, **named_cache(cache)).logits
+    whole = logits(model, torch.cat([text[[1, 0]], last], dim=1))
+    torch.testing.assert_close(with_gradients, whole[:, -9:], **TOLERANCE)
+    with pytest.raises(ValueError, match="has forgotten the tokens 4 to"):
+        cache.layers[0].store.span(slice(None), 20, 30)
+
+
+def test_padded_rows_forget_what_the_last_of_them_can_spare():
+    model = patch_model(tiny_llama(max_position_embeddings=64), [8, 32], [1, 2], memory={"top_k": 3, "heads": {0: [0]}})
+    text, pad = tokens(300, batch=2), 120
+    mask = torch.ones_like(text)
+    mask[0, :pad] = 0
+    cache, outs = DilatedCache(model.config), []
+    for begin, end in ((0, 150), (150, 151), (151, 250), (250, 300)):
+        given = {"input_ids": text[:, begin:end], "attention_mask": mask[:, :end]}
+        with torch.no_grad():
+            outs.append(model(**given, use_cache=True, **named_cache(cache)).logits)
+    out = torch.cat(outs, dim=1)
+    torch.testing.assert_close(out[0, pad:], logits(model, text[:1, pad:])[0], **TOLERANCE)
+    torch.testing.assert_close(out[1], logits(model, text[1:])[0], **TOLERANCE)
+    assert cache.layers[1].store.forgotten > 0
+
+
+def test_what_a_layer_forgets_bounds_its_bytes():
+    """As long as the segments are, whatever the text's length."""
+    model, held = patch_model(tiny_llama(), [8, 32], [1, 2], memory={"heads": {}}), []
+    cache = DilatedCache(model.config)
+    for _ in range(6):
+        read(model, tokens(2000), [500], cache)
+        held.append(cache.memory_footprint())
+    assert held[5] <= held[1]
