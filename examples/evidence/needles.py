@@ -34,6 +34,7 @@ SCALES = {
     "gpu": {"lengths": [4096, 8192, 16384, 32768, 65536, 131072], "trials": 100, "dtype": "bfloat16"},
 }
 WITH_ADAPTER = " + LoRA"
+FORMS = ["dense", "window + sinks", "paper's form", "default patch", "with memory"]
 
 
 def measure(model, tokenizer, case, chunk_size: int) -> list[dict]:
@@ -133,7 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id; default SmolLM2-135M-Instruct, from pip")
     parser.add_argument("--adapter", help="folder of a PEFT adapter for the model")
     parser.add_argument("--tasks", nargs="+", choices=Tasks.NAMES, default=list(Tasks.NAMES), metavar="TASK")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=FORMS, metavar="NAME")
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="what is not given is taken from it")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of text, question and answer together")
     parser.add_argument("--trials", type=int, help="texts of each task and length")
@@ -154,7 +155,8 @@ def main(arguments: list[str] | None = None) -> dict:
     tasks = Tasks(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids, options.haystack)
     settings = {
         "model": Path(path).name, "adapter": options.adapter and Path(options.adapter).name,
-        "haystack": options.haystack, "dtype": options.dtype, "variants": VARIANTS,
+        "haystack": options.haystack, "dtype": options.dtype,
+        "variants": {name: VARIANTS[name] for name in options.variants},
     }  # fmt: skip
     records, beside = open_record(options.output, settings)
     done = {(r["task"], r["length"], r["trial"], r["variant"]) for r in records}

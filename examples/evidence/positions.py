@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(path)
     settings = {
         "model": Path(path).name, "adapter": options.adapter and Path(options.adapter).name, "dtype": options.dtype,
-        "variants": VARIANTS, "windows of a text": options.windows,
+        "variants": {name: VARIANTS[name] for name in options.variants}, "windows of a text": options.windows,
     }  # fmt: skip
     records, beside = open_record(options.output, settings)
     done = {(r["variant"], r["text"], r["window"], r["length"]) for r in records}

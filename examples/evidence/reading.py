@@ -14,6 +14,9 @@ from modeling_longnet.patching import is_patched
 from modeling_longnet.transformers_compat import named_cache
 
 
+# The half of SmolLM2-135M's layers that `find_memory_heads` found; another model has its own.
+SMOLLM2_LAYERS = (2, 3, 4, 5, 6, 7, 8, 9, 14, 17, 18, 20, 21, 22, 23, 24)
+
 # Arguments of `patch_model`; None for the model as it is. A query of each patched form sees about 500 keys on average
 # (a window of w_0 / 2, the rows of the other patterns, sinks, 64 blocks of 4 of a memory).
 VARIANTS: dict[str, dict | None] = {
@@ -24,7 +27,14 @@ VARIANTS: dict[str, dict | None] = {
         "overlap": "count", "local": "segment", "num_sink_tokens": 0,
     },
     "default patch": {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]},
+    "default patch, clamped sinks": {
+        "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16], "memory": {"heads": {}},
+    },
     "with memory": {"segment_lengths": [512], "dilation_rates": [1], "memory": {}},
+    "memory in half the layers": {
+        "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16],
+        "memory": {"top_k": 128, "heads": {layer: [0, 1, 2] for layer in SMOLLM2_LAYERS}},
+    },
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def check_settings(path: Path, found: dict, settings: dict) -> None:
 
 def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list[dict], dict]:
     """The rows that a JSON file holds already, and what stands beside them when this run writes: its provenance, those
-    of the runs before it, and `settings`, of which None agrees with everything.
+    of the runs before it, and `settings`, of which None agrees with everything, and dictionaries may have grown.
 
     Raises:
         ValueError: the file was measured with other settings.
@@ -35,6 +35,10 @@ def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list
     beside, settings = {"provenance": provenance(), "earlier runs": []}, json.loads(json.dumps(settings))
     found = json.loads(path.read_text()) if path.exists() else {rows: []}
     known = {name: found[name] for name in settings if found.get(name) is not None}
+    for name in [name for name in known if isinstance(known[name], dict) and settings[name] is not None]:
+        check_settings(path, known[name], settings[name])
+        known[name] = known[name] | settings[name]
+        settings[name] = known[name]
     check_settings(path, known, {name: value for name, value in settings.items() if value is not None})
     if "provenance" in found:
         runs = [*found.get("earlier runs", []), found["provenance"]]
