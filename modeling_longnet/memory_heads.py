@@ -97,6 +97,53 @@ def _losses(model: nn.Module, case: Case, first: int) -> tuple[float, float]:
     return sum(told) / len(told), each[first:][case.words[first + 1 :]].mean().item()
 
 
+@dataclass(frozen=True)
+class LayerWorth:
+    """By how many nats an answer (`finding`) and a word of the texts (`reading`) are told worse without a layer."""
+
+    layer: int
+    heads: int
+    finding: float
+    reading: float
+
+
+def leave_layers_out(
+    model: PreTrainedModel, tokenizer, texts: Sequence[str], *, length: int = 2048, progress: bool = True
+) -> list[LayerWorth]:
+    """What each patched layer is worth; arguments as of [`find_memory_heads`].
+
+    Raises:
+        ValueError: a model that is not patched, or arguments that are not that.
+    """
+    base = unwrap(model)
+    if not is_patched(base):
+        raise ValueError("`model` must be patched: what a layer sees without a memory is the patch's schedule.")
+    config = text_config_of(base.config)
+    schedule, layers = replace(DilationSchedule.from_config(config), memory=None), config.dilated_attention["layers"]
+    least = 2 * schedule.segment_lengths[0]
+    if as_integer(length) is None or length < least:
+        raise ValueError(f"`length` must be an integer of at least twice the first segment, {least}, got {length!r}.")
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`texts` must be a list of texts, got {texts!r:.100}.")
+    device = base.get_input_embeddings().weight.device
+    cases = [make_case(tokenizer, text, i, length, device) for i, text in enumerate(texts)]
+    losses, groups = [], {}
+    for layer in tqdm([None, *layers], desc="layers", disable=not progress):
+        with tapped(base, _without(layer, schedule, groups)):
+            told = [_losses(base, case, schedule.segment_lengths[0]) for case in cases]  # before it all is dense
+        losses.append(torch.tensor(told).mean(0))
+    return [LayerWorth(i, groups[i], *(x - losses[0]).tolist()) for i, x in zip(layers, losses[1:])]
+
+
+def best_layers(worths: Sequence[LayerWorth], count: int) -> list[int]:
+    """The first `count` layers of two rankings, by finding and by reading, in turn."""
+    rankings = [
+        [x.layer for x in sorted(worths, key=lambda worth: getattr(worth, name), reverse=True)]
+        for name in ("finding", "reading")
+    ]
+    return sorted(list(dict.fromkeys(layer for pair in zip(*rankings) for layer in pair))[:count])
+
+
 def find_memory_heads(
     model: PreTrainedModel,
     tokenizer,
@@ -123,35 +170,13 @@ def find_memory_heads(
     Raises:
         ValueError: a model that is not patched, or arguments that are not that.
     """
-    base = unwrap(model)
-    if not is_patched(base):
-        raise ValueError("`model` must be patched: what a layer sees without a memory is the patch's schedule.")
-    config = text_config_of(base.config)
-    schedule, layers = replace(DilationSchedule.from_config(config), memory=None), config.dilated_attention["layers"]
-    if as_integer(num_layers) is None or not 1 <= num_layers <= len(layers):
-        raise ValueError(f"`num_layers` must be 1 to the {len(layers)} patched ones, got {num_layers!r}.")
-    least = 2 * schedule.segment_lengths[0]
-    if as_integer(length) is None or length < least:
-        raise ValueError(f"`length` must be an integer of at least twice the first segment, {least}, got {length!r}.")
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"`texts` must be a list of texts, got {texts!r:.100}.")
-    device = base.get_input_embeddings().weight.device
-    cases = [make_case(tokenizer, text, i, length, device) for i, text in enumerate(texts)]
-    losses, groups = [], {}
-    for layer in tqdm([None, *layers], desc="layers", disable=not progress):
-        with tapped(base, _without(layer, schedule, groups)):
-            told = [_losses(base, case, schedule.segment_lengths[0]) for case in cases]  # before it all is dense
-        losses.append(torch.tensor(told).mean(0))
-    worse = torch.stack(losses[1:]) - losses[0]  # [layers, 2]
-    return {layer: list(range(groups[layer])) for layer in _best(layers, worse, num_layers)}
+    if is_patched(unwrap(model)):  # else refused below
+        most = len(text_config_of(unwrap(model).config).dilated_attention["layers"])
+        if as_integer(num_layers) is None or not 1 <= num_layers <= most:
+            raise ValueError(f"`num_layers` must be 1 to the {most} patched ones, got {num_layers!r}.")
+    worths = leave_layers_out(model, tokenizer, texts, length=length, progress=progress)
+    best = best_layers(worths, num_layers)
+    return {worth.layer: list(range(worth.heads)) for worth in worths if worth.layer in best}
 
 
-def _best(layers: list[int], worse: torch.Tensor, count: int) -> list[int]:
-    """The first `count` layers of two rankings, in turn."""
-    chosen: list[int] = []
-    for pair in worse.argsort(dim=0, descending=True).tolist():
-        chosen += [layers[i] for i in dict.fromkeys(pair) if layers[i] not in chosen]
-    return sorted(chosen[:count])
-
-
-__all__ = ["find_memory_heads"]
+__all__ = ["LayerWorth", "best_layers", "find_memory_heads", "leave_layers_out"]

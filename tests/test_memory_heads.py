@@ -11,7 +11,7 @@ from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_mo
 from modeling_longnet import DilatedCache, LongNetConfig, find_memory_heads, load_patched_model, patch_model
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
 from modeling_longnet.memory_heads import NAMES as TOLD
-from modeling_longnet.memory_heads import _best
+from modeling_longnet.memory_heads import LayerWorth, best_layers
 from modeling_longnet.memory_spec import MemorySpec
 from modeling_longnet.transformers_compat import named_cache
 
@@ -59,8 +59,8 @@ def test_the_layer_that_finds_is_found_and_finds_with_a_memory(finds):
 
 
 def test_two_rankings_are_taken_in_turn():
-    worse = torch.tensor([[0.1, 0.9], [0.5, 0.8], [0.0, 0.1], [0.9, 0.0]])
-    assert [_best([2, 4, 6, 8], worse, count) for count in range(1, 5)] == [[8], [2, 8], [2, 4, 8], [2, 4, 6, 8]]
+    worths = [LayerWorth(i, 1, *x) for i, x in {2: (0.1, 0.9), 4: (0.5, 0.8), 6: (0.0, 0.1), 8: (0.9, 0.0)}.items()]
+    assert [best_layers(worths, count) for count in range(1, 5)] == [[8], [2, 8], [2, 4, 8], [2, 4, 6, 8]]
 
 
 @pytest.mark.parametrize("changes, message", [
