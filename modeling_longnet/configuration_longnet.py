@@ -239,6 +239,7 @@ class LongNetConfig(XposRangeMixin, DilatedConfigMixin, PreTrainedConfig):
         memory = schedule.memory
         if memory is None:
             return
+        schedule.refuse_idle_memory()
         if memory.max_distance is not None or memory.dimensions is not None:
             raise ValueError(
                 "`memory` of a LongNet takes no `max_distance` and no `dimensions`, which are for models that were "

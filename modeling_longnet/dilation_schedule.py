@@ -173,6 +173,15 @@ class DilationSchedule:
             object.__setattr__(self, "memory", MemorySpec.from_dict(self.memory))
             self._check_memory()
 
+    def refuse_idle_memory(self) -> None:
+        """Raises a ValueError for a memory of a whole model that changes nothing."""
+        memory, sinks = self.memory, self.num_sink_tokens
+        if memory is not None and memory.only_layers == () and not (memory.max_distance and sinks):
+            raise ValueError(
+                "`memory`: `heads` names none, and no sink tokens' distance is clamped, so it would change nothing, got "
+                f"max_distance={memory.max_distance} and num_sink_tokens={sinks}. Leave it out."
+            )
+
     def _check_memory(self) -> None:
         if self.local != "sliding" or self.overlap != "once":
             raise ValueError(
@@ -256,7 +265,9 @@ class DilationSchedule:
         """The schedule of a layer: this one, with what it needs of the memory, or without where it needs none."""
         if self.memory is None or (self.memory.heads is None and self.memory.reads_in(layer_idx)):
             return self
-        return replace(self, memory=self.memory.of_layer(layer_idx))
+        memory = self.memory.of_layer(layer_idx)
+        is_idle = memory is not None and memory.only_heads == () and not self.num_sink_tokens  # nothing to clamp
+        return replace(self, memory=None if is_idle else memory)
 
     @property
     def dense_start(self) -> int:

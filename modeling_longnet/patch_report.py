@@ -60,7 +60,9 @@ class PatchReport:
         ]
         if self.unbounded:
             lines.append(f"  cache           `generate` takes the model's own, which grows: {self.unbounded}")
-        if s.memory is not None:
+        if s.memory is not None and s.memory.heads is not None and s.memory.max_distance is not None:
+            lines.append(f"  sink tokens     are read at a distance of at most {s.memory.max_distance}")
+        if s.memory is not None and s.memory.only_layers != ():
             where = "all" if s.memory.only_layers is None else len(s.memory.only_layers)
             lines.append(
                 f"  memory          {s.memory.top_k} blocks of {s.memory.block_size} tokens a query, chosen among all "

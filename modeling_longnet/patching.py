@@ -183,6 +183,7 @@ def patch_model(
         undo += _mark_scaled([call.module for call in probe.calls] if rope_scaling else [])
         found = {} if memory is None else find_layer_memories(part, probe.calls, chosen)
         schedule = replace(schedule, memory=resolve_memory(memory, part.config, chosen, found, rope_scaling))
+        schedule.refuse_idle_memory()
         undo += attach_memories(probe.calls, schedule.memory, found)
         settings = {"layers": chosen, "backend": backend, "rope_scaling": rope_scaling}
         told = {name: value for name, value in schedule.as_arguments().items() if name in (*SETTINGS, "memory")}

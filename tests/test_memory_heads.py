@@ -10,6 +10,7 @@ from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_mo
 
 from modeling_longnet import DilatedCache, LongNetConfig, find_memory_heads, load_patched_model, patch_model
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
+from modeling_longnet.dilated_memory_layer import MemoryLayer
 from modeling_longnet.memory_heads import NAMES as TOLD
 from modeling_longnet.memory_heads import LayerWorth, best_layers
 from modeling_longnet.memory_spec import MemorySpec
@@ -90,10 +91,14 @@ def test_heads_that_a_model_does_not_have_are_refused():
         patch_model(tiny_llama(), [8], [1], layers=[0, 1], memory={"heads": {2: [0]}})
     with pytest.raises(ValueError, match="`layers` and `heads` both"):
         patch_model(tiny_llama(), [8], [1], memory={"heads": {1: [0]}, "layers": [1]})
+    no_distance = {"heads": {0: []}, "max_distance": None}
+    for settings in ({"num_sink_tokens": 0, "memory": {"heads": {}}}, {"memory": no_distance}):
+        with pytest.raises(ValueError, match="so it would change nothing"):
+            patch_model(tiny_llama(), [8], [1], **settings)
     longnet = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
     schedule = {"segment_lengths": [8], "dilation_rates": [1], "local": "sliding", "overlap": "once"}
-    for heads in ({2: [0]}, {1: [2]}):
-        with pytest.raises(ValueError, match="num_hidden_layers=2|num_key_value_heads=2"):
+    for heads in ({2: [0]}, {1: [2]}, {}):
+        with pytest.raises(ValueError, match="num_hidden_layers=2|num_key_value_heads=2|change nothing"):
             LongNetConfig(**longnet, **schedule, memory={"heads": heads})
 
 
@@ -174,3 +179,10 @@ def test_what_a_layer_forgets_bounds_its_bytes():
         read(model, tokens(2000), [500], cache)
         held.append(cache.memory_footprint())
     assert held[5] <= held[1]
+
+
+def test_without_sinks_a_layer_without_a_memory_is_as_the_schedule_has_it():
+    model = patch_model(tiny_llama(), [8, 32], [1, 2], num_sink_tokens=0, memory={"top_k": 3, "heads": {2: [1]}})
+    assert [isinstance(layer, MemoryLayer) for layer in DilatedCache(model.config).layers] == [False, False, True]
+    text = tokens(300)
+    torch.testing.assert_close(read(model, text, [70, 1, 29])[0], logits(model, text), **TOLERANCE)
