@@ -178,7 +178,7 @@ class DilationSchedule:
         memory, sinks = self.memory, self.num_sink_tokens
         if memory is not None and memory.only_layers == () and not (memory.max_distance and sinks):
             raise ValueError(
-                "`memory`: `heads` names none, and no sink tokens' distance is clamped, so it would change nothing, got "
+                "`memory`: `heads` names none, and no sink tokens' distance is clamped, so nothing would change, got "
                 f"max_distance={memory.max_distance} and num_sink_tokens={sinks}. Leave it out."
             )
 
