@@ -27,6 +27,10 @@ VARIANTS: dict[str, dict | None] = {
         "overlap": "count", "local": "segment", "num_sink_tokens": 0,
     },
     "default patch": {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]},
+    "default patch, yarn": {
+        "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16],
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    },
     "default patch, clamped sinks": {
         "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16], "memory": {"heads": {}},
     },
