@@ -14,8 +14,8 @@ from modeling_longnet.patching import is_patched
 from modeling_longnet.transformers_compat import named_cache
 
 
-# The half of SmolLM2-135M's layers that `find_memory_heads` found; another model has its own.
-SMOLLM2_LAYERS = (2, 3, 4, 5, 6, 7, 8, 9, 14, 17, 18, 20, 21, 22, 23, 24)
+# The half of SmolLM2-135M's layers, and one more, that memory_layers.py found; another model has its own.
+SMOLLM2_LAYERS = (0, 2, 3, 5, 6, 7, 8, 10, 14, 16, 17, 18, 20, 21, 23, 24)
 
 # Arguments of `patch_model`; None for the model as it is. A query of each patched form sees about 500 keys on average
 # (a window of w_0 / 2, the rows of the other patterns, sinks, 64 blocks of 4 of a memory).
