@@ -161,29 +161,42 @@ def costs_of(records: list[dict]) -> dict[str, dict]:
     return costs
 
 
-def draw(result: dict, path: Path) -> None:
-    """Ratio to dense by position with intervals, time per token and size of the cache by position."""
-    last = result["summary"][-1]["text"]
-    rows = [row for row in result["summary"] if row["text"] == last and not row.get("whole")]
-    figure, (quality, speed, memory) = new_figure(3)
+def draw_quality(axis, rows: list[dict], forms: list[str]) -> None:
+    """Ratio to dense by position with intervals; perplexity itself where dense attention has failed."""
     middles = [(row["start"] + row["end"]) / 2 for row in rows]
-    for i, form in enumerate(result["costs"]):
-        if "ratio" in rows[0][form]:
+    fails = any(row[form].get("ratio", 1) < 0.5 for row in rows for form in forms)
+    for i, form in enumerate(forms):
+        if fails:
+            axis.plot(middles, [row[form]["perplexity"] for row in rows], marker="o", color=f"C{i}", label=form)
+        elif "ratio" in rows[0][form]:
             ratios = [row[form]["ratio"] for row in rows]
             # Of a single window the three are one number, but for rounding.
             spread = [[max(0.0, row[form]["ratio"] - row[form]["low"]) for row in rows],
                       [max(0.0, row[form]["high"] - row[form]["ratio"]) for row in rows]]  # fmt: skip
             shifted = [middle * 1.03 ** (i - 1) for middle in middles]
-            quality.errorbar(shifted, ratios, yerr=spread, marker="o", capsize=3, color=f"C{i}", label=form)
+            axis.errorbar(shifted, ratios, yerr=spread, marker="o", capsize=3, color=f"C{i}", label=form)
+    if fails:
+        axis.set(yscale="log", ylabel="perplexity")
+    else:
+        axis.axhline(1, color="C0", label="dense")
+        axis.set(ylabel="perplexity over dense, same windows")
+    axis.set(xscale="log", xlabel="tokens read before")
+    axis.set_xticks(middles, [f"{row['start']:,}\nto {row['end']:,}" for row in rows], fontsize=7)
+    axis.minorticks_off()
+
+
+def draw(result: dict, path: Path) -> None:
+    """Quality, time per token and size of the cache by position."""
+    last = result["summary"][-1]["text"]
+    rows = [row for row in result["summary"] if row["text"] == last and not row.get("whole")]
+    figure, (quality, speed, memory) = new_figure(3)
+    draw_quality(quality, rows, list(result["costs"]))
+    for i, form in enumerate(result["costs"]):
         windows = [record["chunks"] for record in result["records"] if record["variant"] == form]
         ends = [chunk["end"] for chunk in windows[0]]
         times = [sorted(c["ms per token"] for c in chunk)[len(chunk) // 2] for chunk in zip(*windows)]
         speed.plot(ends, times, marker="o", color=f"C{i}", label=form)
         memory.plot(ends, [c["cache bytes"] / 2**20 for c in windows[0]], marker="o", color=f"C{i}", label=form)
-    quality.axhline(1, color="C0", label="dense")
-    quality.set(xscale="log", xlabel="tokens read before", ylabel="perplexity over dense, same windows")
-    quality.set_xticks(middles, [f"{row['start']:,}\nto {row['end']:,}" for row in rows], fontsize=7)
-    quality.minorticks_off()
     speed.set(xlabel="tokens read", ylabel="processor ms per token (median)", ylim=(0, None))
     memory.set(xlabel="tokens read", ylabel="cache in MiB", ylim=(0, None))
     for axis in (quality, speed, memory):
