@@ -5,6 +5,7 @@ much worse facts are told then that are planted in a text and asked for behind i
 itself is predicted. Few layers find, half of them predict nearly as well without (docs/memory_study.md).
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -91,9 +92,9 @@ def _losses(model: nn.Module, case: Case, first: int) -> tuple[float, float]:
     cache, told = DynamicCache(config=model.config), []
     each = cross_entropy(read(cache, case.tokens)[:-1], case.tokens[1:], reduction="none")
     for question, answer in case.asked:
-        logits = read(cache, torch.cat([question, answer]))[-len(answer) - 1 : -1]
+        # A copy, as layers that the patch left alone, with windows or states, cannot take tokens back.
+        logits = read(copy.deepcopy(cache), torch.cat([question, answer]))[-len(answer) - 1 : -1]
         told.append(cross_entropy(logits, answer, reduction="sum").item())
-        cache.crop(-len(question) - len(answer))
     return sum(told) / len(told), each[first:][case.words[first + 1 :]].mean().item()
 
 

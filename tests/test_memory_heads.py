@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_model, tiny_llama, tokens
+from tiny_families import make_tiny
 
 from modeling_longnet import DilatedCache, LongNetConfig, find_memory_heads, load_patched_model, patch_model
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
@@ -57,6 +58,15 @@ def test_the_layer_that_finds_is_found_and_finds_with_a_memory(finds):
     for heads, expected in ((found, True), ({(finds + 1) % 3: [0]}, False)):
         patched = patch_model(recall_model(3, finds)[0], [32], [1], memory={"top_k": 8, "heads": heads})
         assert (int(logits(patched, text)[0, -1].argmax()) == 7) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
+def test_heads_are_found_where_other_layers_have_windows_or_states(family):
+    """Those cannot take back a question that was read."""
+    model = patch_model(make_tiny(family), [16], [1])
+    numbers = RecallTokens(torch.full((NAMES, NUMBERS), 7), torch.full((NAMES,), 9))
+    found = find_memory_heads(model, numbers, [TEXT], 1, length=200, progress=False)
+    assert list(found) == model.config.dilated_attention["layers"] == [1]
 
 
 def test_two_rankings_are_taken_in_turn():
