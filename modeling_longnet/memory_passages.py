@@ -112,7 +112,10 @@ def find_passages(model: PreTrainedModel, bank, question, nothing, *, count: int
     """See [`MemoryBank.find_passages`]."""
     bank.check(model)
     question, nothing = (as_tokens(*x, model, 2) for x in (("question", question), ("nothing", nothing)))
-    block = DilationSchedule.from_config(model.config).memory.block_size
+    memory = DilationSchedule.from_config(model.config).memory
+    if memory.only_layers == ():
+        raise ValueError("`model` finds passages by the heads that have a memory, and its `memory` names none.")
+    block = memory.block_size
     if as_integer(count) is None or count < 1:
         raise ValueError(f"`count` must be an integer of at least 1, got {count!r}.")
     if as_integer(size) is None or size < block or size % block:

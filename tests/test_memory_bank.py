@@ -421,3 +421,12 @@ def test_passages_that_make_no_sense_are_refused(tmp_path):
             bank.rank_passages(model, [Passage(start, stop, 0.0)], about)
     with pytest.raises(ValueError, match="another schedule"):
         bank.find_passages(with_memory("alone"), about, about)
+
+
+def test_a_bank_of_a_model_in_which_no_head_has_a_memory_is_read_but_not_searched(tmp_path):
+    model, text = patch_model(tiny_llama(), [8], [1], memory={"heads": {}, "max_distance": 16}), tokens(90)
+    bank = MemoryBank.from_tokens(model, [text[0, :60]], tmp_path / "bank", chunk_size=32, progress=False)
+    told, _ = read(model, text[:, 60:], [9, 1], bank.start_cache(model))
+    torch.testing.assert_close(told, logits(model, text)[:, 60:], **TOLERANCE)
+    with pytest.raises(ValueError, match="heads that have a memory, and its `memory` names none"):
+        bank.find_passages(model, [3, 4], [5, 6])
