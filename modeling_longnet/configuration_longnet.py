@@ -23,6 +23,7 @@ from transformers.utils import auto_docstring, logging
 from .dilated_config import DilatedConfigMixin
 from .dilation_schedule import DilationSchedule, as_plain
 from .longnet_xpos_range import XposRangeMixin
+from .memory_spec import MemorySpec
 from .transformers_compat import CACHE_NAMES, interval
 
 
@@ -180,6 +181,9 @@ class LongNetConfig(XposRangeMixin, DilatedConfigMixin, PreTrainedConfig):
         self.rope_parameters = as_plain("rope_parameters", self.rope_parameters)
         if "rope_scaling" in kwargs:
             kwargs["rope_scaling"] = as_plain("rope_scaling", kwargs["rope_scaling"])
+        if isinstance(self.memory, dict) and self.memory.get("heads") is not None:
+            # In JSON, where all keys are strings, layers that are told as both would not sort, or hide each other.
+            self.memory = self.memory | {"heads": MemorySpec.from_dict(self.memory).to_dict()["heads"]}
         rope_is_given = self.rope_parameters or kwargs.get("rope_scaling")
         super().__post_init__(**kwargs)
         if self.position_embedding_type not in ("xpos", "rope"):

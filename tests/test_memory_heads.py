@@ -126,6 +126,17 @@ def test_heads_are_saved_loaded_and_indexed_alone(tmp_path):
     assert cache.layers[2].store.indices["index"].shape[1] == 1
 
 
+def test_a_configuration_with_heads_is_the_same_once_saved(tmp_path):
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    settings |= {"segment_lengths": [8], "dilation_rates": [1], "local": "sliding", "overlap": "once"}
+    config = LongNetConfig(**settings, memory={"top_k": 3, "heads": {0: [1], "1": (0,)}})
+    config.save_pretrained(tmp_path)
+    assert config.memory == {"top_k": 3, "heads": {"0": [1], "1": [0]}}
+    assert LongNetConfig.from_pretrained(tmp_path).memory == config.memory
+    with pytest.raises(ValueError, match="`heads` must be None or lists"):
+        LongNetConfig(**settings, memory={"heads": {0: [1], "0": [0]}})
+
+
 def test_with_heads_no_layer_leaves_the_native_context(caplog):
     """Beyond it a patch without a memory warns, and its sink tokens stand at angles that were never trained."""
     text, settings = tokens(150), {"max_position_embeddings": 64}
