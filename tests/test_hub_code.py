@@ -63,6 +63,7 @@ CODE = {
     "memory_rows.py",
     "memory_step.py",
     "memory_store.py",
+    "memory_fetching.py",
     "memory_pages.py",
     "memory_attention.py",
     "dilated_memory_layer.py",
