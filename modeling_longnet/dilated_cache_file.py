@@ -129,7 +129,8 @@ def _flush_pages(cache: DilatedCache) -> dict[str, str]:
         store = getattr(layer, "store", None)
         if store is not None:
             store.flush()
-            widths = {name: file.shape[-1] for name, file in store.rows[0].indices.items()}
+            # A row that is padding so far has no index yet.
+            widths = {name: file.shape[-1] for row in store.rows for name, file in row.indices.items()}
             sizes = [store.shape.groups, store.shape.width, *(widths.get(name, 0) for name in INDICES)]
             told[f"pages.{index}"] = json.dumps(dict(zip(SIZES, sizes)))
             told["rows"] = json.dumps({str(i): files.row for i, files in enumerate(store.rows)})

@@ -310,6 +310,22 @@ def test_what_is_damaged_foreign_or_in_use_is_refused(tmp_path):
         load_cache(tmp_path / "pages", model)
 
 
+def test_a_folder_is_gone_on_from_where_the_first_row_is_padding_so_far(tmp_path):
+    model, text, mask = with_memory("clamped"), tokens(120, batch=2), torch.ones(2, 120, dtype=torch.long)
+    mask[0, :70] = 0
+    cache = DilatedCache(model.config, store="disk", path=tmp_path / "pages")
+    for begin, end in ((0, 60), (60, 120)):
+        given = {"input_ids": text[:, begin:end], "attention_mask": mask[:, :end]}
+        with torch.no_grad():
+            out = model(**given, use_cache=True, **named_cache(cache)).logits
+        if end == 60:
+            save_cache(tmp_path / "pages", cache, model)
+            cache.close()
+            cache, _ = load_cache(tmp_path / "pages", model)
+    torch.testing.assert_close(out[1], logits(model, text[1:])[0, 60:], **TOLERANCE)
+    torch.testing.assert_close(out[0, 10:], logits(model, text[:1, 70:])[0], **TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [({"store": "gpu"}, "store"), ({"store": "disk"}, "path"), ({"path": "x"}, "path"), ({"store": "cpu"}, "memory")],
