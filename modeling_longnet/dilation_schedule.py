@@ -196,7 +196,8 @@ class DilationSchedule:
         reach = self.memory.max_distance
         if reach is not None and reach < self.segment_lengths[0]:
             raise ValueError(
-                f"`memory`: `max_distance` must be at least segment_lengths[0], {self.segment_lengths[0]}, got {reach}."
+                f"`memory`: `max_distance` must be at least segment_lengths[0], {self.segment_lengths[0]}, got {reach}"
+                ", which for a patched model is half its native context unless `memory` tells another."
             )
 
     @classmethod

@@ -101,6 +101,8 @@ def test_heads_that_a_model_does_not_have_are_refused():
         patch_model(tiny_llama(), [8], [1], layers=[0, 1], memory={"heads": {2: [0]}})
     with pytest.raises(ValueError, match="`layers` and `heads` both"):
         patch_model(tiny_llama(), [8], [1], memory={"heads": {1: [0]}, "layers": [1]})
+    with pytest.raises(ValueError, match="256, which for a patched model is half its native context"):
+        patch_model(tiny_llama(), [512], [1], memory={"heads": {1: [0]}})  # nobody told that distance
     no_distance = {"heads": {0: []}, "max_distance": None}
     for settings in ({"num_sink_tokens": 0, "memory": {"heads": {}}}, {"memory": no_distance}):
         with pytest.raises(ValueError, match="so nothing would change"):
