@@ -1,5 +1,6 @@
 """The model card of a LongNet or a patched model: its schedule as a table and as a picture, and how to load it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,7 +112,20 @@ def _describe(schedule: DilationSchedule) -> tuple[str, str]:
         f"several patterns offer: {schedule.overlap}; sink tokens: {schedule.num_sink_tokens}; incomplete segments: "
         f"{schedule.padding}."
     )
+    if schedule.memory is not None:
+        options += f" Memory: `{json.dumps(schedule.memory.to_dict())}`."
     return "\n".join(lines), options
+
+
+def _cost(schedule: DilationSchedule) -> str:
+    memory = schedule.memory
+    if memory is None or memory.only_layers == ():
+        return "the cost grows in proportion to the text's length."
+    where = "all" if memory.only_layers is None else len(memory.only_layers)
+    return (
+        f"in {where} of these a query also chooses {memory.top_k} of the blocks of {memory.block_size} earlier tokens, "
+        "which are all kept and ranked."
+    )
 
 
 def _auto_class(model: PreTrainedModel) -> str:
@@ -180,7 +194,7 @@ def make_model_card(
     extent = "dilated attention"
     if patched:
         extent += f" in {len(config.dilated_attention['layers'])} of its {config.num_hidden_layers} layers"
-    intro = f"A {model.config.model_type} model with {extent}: the cost grows in proportion to the text's length."
+    intro = f"A {model.config.model_type} model with {extent}: {_cost(schedule)}"
     length, cells = schedule.segment_lengths[-1], min(32, schedule.segment_lengths[-1])
     text = TEXT.format(
         name=name, intro=intro, table=table, options=options, length=f"{length:,}", cells=cells,

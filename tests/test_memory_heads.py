@@ -9,7 +9,14 @@ import torch
 from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_model, tiny_llama, tokens
 from tiny_families import make_tiny
 
-from modeling_longnet import DilatedCache, LongNetConfig, find_memory_heads, load_patched_model, patch_model
+from modeling_longnet import (
+    DilatedCache,
+    LongNetConfig,
+    find_memory_heads,
+    load_patched_model,
+    make_model_card,
+    patch_model,
+)
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
 from modeling_longnet.dilated_memory_layer import MemoryLayer
 from modeling_longnet.memory_heads import NAMES as TOLD
@@ -209,3 +216,15 @@ def test_without_sinks_a_layer_without_a_memory_is_as_the_schedule_has_it():
     assert [isinstance(layer, MemoryLayer) for layer in DilatedCache(model.config).layers] == [False, False, True]
     text = tokens(300)
     torch.testing.assert_close(read(model, text, [70, 1, 29])[0], logits(model, text), **TOLERANCE)
+
+
+def test_a_card_tells_of_the_memory_and_what_it_costs():
+    def card(**memory):
+        patched = patch_model(tiny_llama(), [8, 32], [1, 2], **memory)
+        return make_model_card(patched, "me/mine").text
+
+    assert "in proportion to the text's length" in card() and "Memory:" not in card()
+    clamped = card(memory={"heads": {}})
+    assert "in proportion" in clamped and '"heads": {}' in clamped and '"max_distance": 256' in clamped
+    searched = card(memory={"heads": {1: [0]}, "top_k": 5})
+    assert "in 1 of these a query also chooses 5 of the blocks" in searched and "in proportion" not in searched
