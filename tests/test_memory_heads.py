@@ -1,12 +1,12 @@
 """A memory in some heads alone: which ones a model wants it in, and what is told of heads that there are not."""
 
 import copy
-import logging
 import re
 
 import pytest
 import torch
 from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_model, tiny_llama, tokens
+from test_warnings_once import said  # noqa: F401  a fixture
 from tiny_families import make_tiny
 
 from modeling_longnet import (
@@ -59,9 +59,9 @@ def test_the_layer_that_finds_is_found_and_finds_with_a_memory(finds):
     assert found == {finds: [0]}
     assert all(torch.equal(x, before[0][name]) for name, x in model.state_dict().items())
     assert model.config.dilated_attention == before[1]
-    said = [int(pairs[9, i % NUMBERS]) for i in range(900)]
-    said[100], asked = int(pairs[3, 7]), int(questions[3])
-    text = torch.tensor([[*said, asked]])
+    words = [int(pairs[9, i % NUMBERS]) for i in range(900)]
+    words[100], asked = int(pairs[3, 7]), int(questions[3])
+    text = torch.tensor([[*words, asked]])
     for heads, expected in ((found, True), ({(finds + 1) % 3: [0]}, False)):
         patched = patch_model(recall_model(3, finds)[0], [32], [1], memory={"top_k": 8, "heads": heads})
         assert (int(logits(patched, text)[0, -1].argmax()) == 7) == expected
@@ -146,16 +146,15 @@ def test_a_configuration_with_heads_is_the_same_once_saved(tmp_path):
         LongNetConfig(**settings, memory={"heads": {0: [1], "0": [0]}})
 
 
-def test_with_heads_no_layer_leaves_the_native_context(caplog):
+def test_with_heads_no_layer_leaves_the_native_context(said):  # noqa: F811
     """Beyond it a patch without a memory warns, and its sink tokens stand at angles that were never trained."""
     text, settings = tokens(150), {"max_position_embeddings": 64}
     for heads, warns in (({1: [0]}, False), (None, True)):
-        caplog.clear()
+        said.clear()
         memory = None if heads is None else {"top_k": 3, "heads": heads}
         model = patch_model(tiny_llama(**settings), [8, 32], [1, 2], memory=memory)
-        with caplog.at_level(logging.WARNING):
-            logits(model, text)
-        assert any("native context" in record.message for record in caplog.records) == warns
+        logits(model, text)
+        assert any("native context" in message for message in said) == warns
 
 
 @pytest.mark.parametrize("kind", ["device", "cpu"])

@@ -607,7 +607,7 @@ def test_public_names_are_frozen():
         "LongNetSlideEncoderForImageClassification", "LongNetSlideEncoderModel", "LongViTConfig",
         "LongViTForImageClassification", "LongViTModel", "__version__", "calibrate_memory", "dilated_attention",
         "dilated_attention_reference", "export_patched_model", "is_patched", "load_patched_model", "make_model_card",
-        "Answer", "MemoryBank", "patch_model", "suggest_schedule", "unpatch_model",
+        "Answer", "MemoryBank", "find_memory_heads", "patch_model", "suggest_schedule", "unpatch_model",
     }  # fmt: skip
     assert all(hasattr(modeling_longnet, name) for name in modeling_longnet.__all__)
 
