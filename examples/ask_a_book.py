@@ -26,12 +26,12 @@ from examples.reporting import provenance, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import DilatedCache, MemoryBank, patch_model
+from modeling_longnet.memory_heads import FACT
 from modeling_longnet.memory_passages import TEMPLATE
 from modeling_longnet.transformers_compat import named_cache
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
-FACT = "\nThe secret number of {name} is {number}.\n"
 QUESTION = "What is the secret number of {name}?"
 BEHIND = TEMPLATE.removeprefix("{passages}")  # where the memory alone answers
 NAMES = "Alice Bruno Clara Dmitri Elena Farid Greta Hugo Ingrid Jonas Karin Leon Marta Nadia Oscar Paula".split()

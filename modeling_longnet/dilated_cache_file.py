@@ -253,8 +253,7 @@ def open_pages(
     except ValueError as error:
         raise ValueError(f"{folder.state_path} is damaged: layer {index} {error}.") from error
     memory = layer.schedule.memory
-    indexed = memory.only_heads and len(memory.only_heads)
-    shape = Shape(len(rows), groups, width, dtype, device, memory.block_size, indexed)
+    shape = Shape(len(rows), groups, width, dtype, device, memory.block_size, memory.num_heads)
     held = {name: size for name, size in zip(INDICES, widths) if size}
     files = [
         RowFiles(folder, layer.layer_idx, row, shape, count, held if count >= shape.size else {})

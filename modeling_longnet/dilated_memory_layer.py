@@ -41,8 +41,8 @@ class MemoryLayer(DilatedLayer):
     ) -> None:
         (batch, groups, _, width), memory = key_states.shape, self.schedule.memory
         self.heads = heads or self.heads_of(groups)
-        indexed = memory.only_heads and len(memory.only_heads)
-        shape = Shape(batch, groups, width, key_states.dtype, key_states.device, memory.block_size, indexed)
+        kind = key_states.dtype, key_states.device
+        shape = Shape(batch, groups, width, *kind, memory.block_size, memory.num_heads)
         self.begin_with(make_store(self.kind, shape, self.folder, self.layer_idx))
 
     def begin_with(self, store: Store) -> None:
@@ -55,7 +55,7 @@ class MemoryLayer(DilatedLayer):
     @property
     def searches(self) -> bool:
         """Whether any head has a memory."""
-        return self.schedule.memory.only_heads != ()
+        return self.schedule.memory.num_heads != 0
 
     @outside_graphs
     def attend(self, step: Step, query, key, value, scale: float, backend: str | None) -> torch.Tensor:

@@ -108,6 +108,17 @@ class LayerWorth:
     reading: float
 
 
+def _patched_layers(model: nn.Module) -> list[int]:
+    """Those of a model.
+
+    Raises:
+        ValueError: it is not patched.
+    """
+    if not is_patched(unwrap(model)):
+        raise ValueError("`model` must be patched: what a layer sees without a memory is the patch's schedule.")
+    return text_config_of(unwrap(model).config).dilated_attention["layers"]
+
+
 def leave_layers_out(
     model: PreTrainedModel, tokenizer, texts: Sequence[str], *, length: int = 2048, progress: bool = True
 ) -> list[LayerWorth]:
@@ -116,11 +127,8 @@ def leave_layers_out(
     Raises:
         ValueError: a model that is not patched, or arguments that are not that.
     """
-    base = unwrap(model)
-    if not is_patched(base):
-        raise ValueError("`model` must be patched: what a layer sees without a memory is the patch's schedule.")
-    config = text_config_of(base.config)
-    schedule, layers = replace(DilationSchedule.from_config(config), memory=None), config.dilated_attention["layers"]
+    layers, base = _patched_layers(model), unwrap(model)
+    schedule = replace(DilationSchedule.from_config(text_config_of(base.config)), memory=None)
     least = 2 * schedule.segment_lengths[0]
     if as_integer(length) is None or length < least:
         raise ValueError(f"`length` must be an integer of at least twice the first segment, {least}, got {length!r}.")
@@ -171,10 +179,9 @@ def find_memory_heads(
     Raises:
         ValueError: a model that is not patched, or arguments that are not that.
     """
-    if is_patched(unwrap(model)):  # else refused below
-        most = len(text_config_of(unwrap(model).config).dilated_attention["layers"])
-        if as_integer(num_layers) is None or not 1 <= num_layers <= most:
-            raise ValueError(f"`num_layers` must be 1 to the {most} patched ones, got {num_layers!r}.")
+    most = len(_patched_layers(model))
+    if as_integer(num_layers) is None or not 1 <= num_layers <= most:
+        raise ValueError(f"`num_layers` must be 1 to the {most} patched ones, got {num_layers!r}.")
     worths = leave_layers_out(model, tokenizer, texts, length=length, progress=progress)
     best = best_layers(worths, num_layers)
     return {worth.layer: list(range(worth.heads)) for worth in worths if worth.layer in best}

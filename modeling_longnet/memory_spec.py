@@ -145,6 +145,11 @@ class MemorySpec:
             raise ValueError(f"`memory`: one attention wants the `heads` of one layer, got {self.only_layers}.")
         return self.heads[0][1]
 
+    @property
+    def num_heads(self) -> int | None:
+        """How many key/value heads of one layer have it, None for all."""
+        return None if self.only_heads is None else len(self.only_heads)
+
     def reads_in(self, layer_idx: int) -> bool:
         """Whether the layer's attention is not the schedule's alone: it has a memory, or clamps its sinks' distance."""
         clamps = self.heads is not None and self.max_distance is not None

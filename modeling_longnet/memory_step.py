@@ -40,15 +40,15 @@ def _shared_tokens(ranking: Ranking, groups: int, position, start) -> tuple[torc
     return torch.cat([first, window.clamp(min=0)], dim=1), seen
 
 
-def _read(ranking: Ranking, query, far_query, gather, chosen, position, scale) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(ranking: Ranking, query, clamps: bool, gather, chosen, position, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, g, h, K b] of the tokens of chosen blocks [B, g, h, K], for the g heads that have a memory, and their
-    values [B, g, h, K b, D]; queries [B, g, h, D], turned to the clamped distance by block if there are any turned."""
+    values [B, g, h, K b, D]; queries [B, g, h, D], turned by block where it clamps distances."""
     memory = ranking.schedule.memory
     begin = chosen.clamp(min=0) * memory.block_size
     tokens = begin[..., None] + torch.arange(memory.block_size, device=query.device)  # [B, g, h, K, b]
     keys, values = (x.to(query.dtype) for x in gather(tokens, ranking.heads))
     rows = query[..., None, :].expand(*begin.shape, -1)  # a query for each block
-    if far_query is not None:
+    if clamps:
         distance = memory.max_distance - position[:, None, None, None] + begin
         rows = rotate(rows, distance.clamp(max=0), ranking.inv_freq)
     logits = (keys @ rows[..., None])[..., 0] * scale
@@ -92,7 +92,7 @@ def attend_step(
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2).to(query.dtype)
     own_query, own_far = (None if x is None else ranking.own_queries(x, groups) for x in (query, far_query))
     chosen = _choose(ranking, own_query, own_far, index, far_index if clamps else None, position, start)
-    own, own_values = _read(ranking, ranking.own(rows), far_query, gather, chosen, position, scale)
+    own, own_values = _read(ranking, ranking.own(rows), clamps, gather, chosen, position, scale)
     has_memory = slice(None) if ranking.heads is None else list(ranking.heads)
     read = scores.new_full((*scores.shape[:-1], own.shape[-1]), -torch.inf)
     read[:, has_memory] = own

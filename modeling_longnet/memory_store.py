@@ -199,7 +199,8 @@ class RowFiles:
         return copy.copy(self) if copy.deepcopy(self.folder, memo) is self.folder else None
 
     def _index(self, name: str, width: int, count: int = 0) -> PageFile:
-        dtype, heads = torch.promote_types(self.shape.dtype, torch.float32), self.shape.indexed or self.shape.groups
+        dtype, heads = torch.promote_types(self.shape.dtype, torch.float32), self.shape.indexed
+        heads = self.shape.groups if heads is None else heads
         return self.folder.file(name, self.layer, self.row, (heads, width), dtype, count)
 
     def write(self, first: int, key: torch.Tensor, value: torch.Tensor) -> None:

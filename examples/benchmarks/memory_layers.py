@@ -11,14 +11,12 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.evidence.reading import DEFAULT_PATCH
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import patch_model
 from modeling_longnet.memory_heads import best_layers, leave_layers_out
-
-
-SCHEDULE = {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]}
 
 
 def draw(result: dict, path: Path) -> None:
@@ -46,12 +44,12 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parser.parse_args(arguments)
     path = options.model or str(smollm2_135m())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-    patch_model(model, **SCHEDULE)
+    patch_model(model, **DEFAULT_PATCH)
     parts = [load_text(name)[options.begin :][: 12 * options.length] for name in options.texts]
     worths = leave_layers_out(model, tokenizer, parts, length=options.length)
     best = best_layers(worths, options.num_layers or len(worths) // 2 + 1)
     result = {"provenance": provenance(), "model": Path(path).name, "texts": options.texts, "begin": options.begin,
-              "length": options.length, "schedule": SCHEDULE, "layers": [asdict(x) for x in worths],
+              "length": options.length, "schedule": DEFAULT_PATCH, "layers": [asdict(x) for x in worths],
               "best": best}  # fmt: skip
     write_json(options.output, result)
     draw(result, options.output.with_suffix(".png"))

@@ -17,26 +17,19 @@ from modeling_longnet.transformers_compat import named_cache
 # The half of SmolLM2-135M's layers, and one more, that memory_layers.py found; another model has its own.
 SMOLLM2_LAYERS = (0, 2, 3, 5, 6, 7, 8, 10, 14, 16, 17, 18, 20, 21, 23, 24)
 
+DEFAULT_PATCH = {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]}
+
 # Arguments of `patch_model`; None for the model as it is. A query of each patched form sees about 500 keys on average
 # (a window of w_0 / 2, the rows of the other patterns, sinks, 64 blocks of 4 of a memory).
 VARIANTS: dict[str, dict | None] = {
     "dense": None,
     "window + sinks": {"segment_lengths": [1024], "dilation_rates": [1]},
-    "paper's form": {
-        "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16],
-        "overlap": "count", "local": "segment", "num_sink_tokens": 0,
-    },
-    "default patch": {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]},
-    "default patch, yarn": {
-        "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16],
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
-    },
-    "default patch, clamped sinks": {
-        "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16], "memory": {"heads": {}},
-    },
+    "paper's form": DEFAULT_PATCH | {"overlap": "count", "local": "segment", "num_sink_tokens": 0},
+    "default patch": DEFAULT_PATCH,
+    "default patch, yarn": DEFAULT_PATCH | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "default patch, clamped sinks": DEFAULT_PATCH | {"memory": {"heads": {}}},
     "with memory": {"segment_lengths": [512], "dilation_rates": [1], "memory": {}},
-    "memory in half the layers": {
-        "segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16],
+    "memory in half the layers": DEFAULT_PATCH | {
         "memory": {"top_k": 128, "heads": {layer: [0, 1, 2] for layer in SMOLLM2_LAYERS}},
     },
 }  # fmt: skip
