@@ -66,10 +66,10 @@ class MemoryLayer(DilatedLayer):
         return out
 
     def _forget(self, first: int) -> None:
-        """Without a memory, no token before the longest segment will be read again: one more is kept, that as much may
-        be cropped. Nothing is forgotten that waits for a crop, or that gradients may want."""
+        """Without a memory, no token before the longest segment and the window will be read again. Nothing is forgotten
+        while tokens may be cropped, or that gradients may want."""
         longest, size = max(self.schedule.segment_lengths), self.schedule.memory.block_size
-        end = ((first // longest - 1) * longest - self.schedule.window) // size * size
+        end = (first // longest * longest - self.schedule.window) // size * size
         held = isinstance(self.store, TensorStore) and not self.record_past and not torch.is_grad_enabled()
         if held and end > self.store.sinks + self.store.forgotten and end > self.schedule.num_sink_tokens:
             self.store.forget(self.schedule.num_sink_tokens, end)

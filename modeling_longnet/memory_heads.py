@@ -1,41 +1,45 @@
-"""`find_memory_heads`: the heads that a patched model wants a memory in, since it finds and predicts by them.
+"""`find_memory_heads`: the heads that a pretrained model finds by, which are those that want a memory.
 
-Layers are left out one by one: one layer sees what the patch's schedule shows, all others all keys. *Finding* is how
-much worse facts are told then that are planted in a text and asked for behind it; *reading*, how much worse the text
-itself is predicted. Few layers find, half of them predict nearly as well without (docs/memory_study.md).
+Facts are planted in texts and asked for behind them. While a model tells a fact that it was asked for, a few of its
+heads look at where the fact stands (retrieval heads, Wu et al. 2024, arXiv 2404.15574). The *score* of a key/value head
+is the share of attention that its query heads give to the fact then, from the token before the answer on:
+
+    text ... [The secret number of Alma is 1234567.] ... What is the secret number of Alma? ... is [1234567]
+              <------------- attention ------------------------------------------------------------ |||||||
+
+docs/memory_study.md has the map of a model, and what heads that were chosen so find.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .dilated_attention import scheduled_attention
-from .dilation_schedule import DilationSchedule, as_integer
-from .patch_attention import heads_of, run_original
+from .dilation_schedule import as_integer
+from .patch_attention import run_original
 from .patch_probe import tapped
-from .patching import is_patched
+from .patching import is_patched, patch_model, unpatch_model
 from .transformers_compat import named_cache, text_config_of, unwrap
 
 
 NAMES = ("Alma", "Bruno", "Clara", "Dario", "Edith")
 FACT = "\nThe secret number of {name} is {number}.\n"
 QUESTION = "\nWhat is the secret number of {name}? The secret number of {name} is"
+LEAST = 256  # tokens of a text
 
 
 @dataclass(frozen=True)
-class Case:
-    """tokens: of a text with facts in it, [N], of which `words` [N] are the text's own. asked: question, answer, each
-    behind the text."""
+class Asked:
+    """A question behind a text, its answer, and where the text tells it."""
 
-    tokens: torch.Tensor
-    words: torch.Tensor
-    asked: list[tuple[torch.Tensor, torch.Tensor]]
+    question: torch.Tensor
+    answer: torch.Tensor
+    fact: slice
 
 
 def number_of(name: int, text: int) -> str:
@@ -43,8 +47,8 @@ def number_of(name: int, text: int) -> str:
     return str(10**6 + (7919 * name + 104729 * text + 1) * 48271 % (9 * 10**6))
 
 
-def make_case(tokenizer, text: str, index: int, length: int, device: torch.device) -> Case:
-    """Facts evenly spread over the first `length` tokens of a text.
+def make_case(tokenizer, text: str, index: int, length: int, device: torch.device) -> tuple[torch.Tensor, list[Asked]]:
+    """The first `length` tokens of a text with facts evenly spread over them, [N], and what is asked of it.
 
     Raises:
         ValueError: a text of fewer tokens.
@@ -56,135 +60,129 @@ def make_case(tokenizer, text: str, index: int, length: int, device: torch.devic
     own = encode(text)
     if len(own) < length:
         raise ValueError(f"each of `texts` must have at least `length` tokens, {length}, got {len(own)}.")
-    step, tokens, words, asked = length // (len(NAMES) + 1), [], [], []
+    step, tokens, asked = length // (len(NAMES) + 1), [], []
     for i, name in enumerate(NAMES):
-        fact = encode(FACT.format(name=name, number=number_of(i, index)))
-        tokens += own[i * step : (i + 1) * step] + fact
-        words += [True] * step + [False] * len(fact)
-        pair = encode(QUESTION.format(name=name)), encode(f" {number_of(i, index)}")
-        asked.append(tuple(torch.tensor(x, device=device) for x in pair))
-    rest = own[len(NAMES) * step : length]
-    words = torch.tensor(words + [True] * len(rest), device=device)
-    return Case(torch.tensor(tokens + rest, device=device), words, asked)
+        number = number_of(i, index)
+        tokens += own[i * step : (i + 1) * step]
+        fact = encode(FACT.format(name=name, number=number))
+        pair = (torch.tensor(encode(x), device=device) for x in (QUESTION.format(name=name), f" {number}"))
+        asked.append(Asked(*pair, slice(len(tokens), len(tokens) + len(fact))))
+        tokens += fact
+    return torch.tensor(tokens + own[len(NAMES) * step : length], device=device), asked
 
 
-def _without(layer: int | None, schedule: DilationSchedule, groups: dict[int, int]):
-    """The original attention, but in one layer that of the schedule. Notes the key/value heads by layer."""
+@dataclass
+class _Listener:
+    """The original attention, of which it notes what is given to the fact that is asked for, by layer and head."""
 
-    def attend(original, module, query, key, value, mask, **arguments):
-        groups[module.layer_idx] = key.shape[1]
-        if module.layer_idx != layer:
-            return run_original(original, module, query, key, value, mask, **arguments)
-        heads = heads_of(module, query, key)
-        out = scheduled_attention(query, key, value, schedule, scale=arguments.get("scaling"), heads=heads)
-        return out.transpose(1, 2).contiguous(), None
+    layers: Sequence[int]
+    asked: Asked | None = None
+    shares: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by layer: of each question, [G]
 
-    return attend
+    def __call__(self, original: str, module: nn.Module, query, key, value, mask, **arguments):
+        if module.layer_idx in self.layers:
+            own = self.shares.setdefault(module.layer_idx, [])
+            own.append(self._share(query, key, arguments.get("scaling")))
+        return run_original(original, module, query, key, value, mask, **arguments)
 
-
-@torch.inference_mode()
-def _losses(model: nn.Module, case: Case, first: int) -> tuple[float, float]:
-    """Of an answer, on average, and of a word of the text's from token `first` on."""
-
-    def read(cache: Cache, tokens: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=tokens[None], use_cache=True, **named_cache(cache)).logits[0].float()
-
-    cache, told = DynamicCache(config=model.config), []
-    each = cross_entropy(read(cache, case.tokens)[:-1], case.tokens[1:], reduction="none")
-    for question, answer in case.asked:
-        # A copy, as layers that the patch left alone, with windows or states, cannot take tokens back.
-        logits = read(copy.deepcopy(cache), torch.cat([question, answer]))[-len(answer) - 1 : -1]
-        told.append(cross_entropy(logits, answer, reduction="sum").item())
-    return sum(told) / len(told), each[first:][case.words[first + 1 :]].mean().item()
+    def _share(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Of attention to the fact, by queries from the token before the answer to that before its last one."""
+        (_, heads, length, width), groups = query.shape, key.shape[1]
+        if self.asked is None:
+            return query.new_zeros(groups, dtype=torch.float32)
+        first = key.shape[2] - length
+        position = torch.arange(first, key.shape[2], device=key.device)[-len(self.asked.answer) - 1 : -1]
+        rows = query[0, :, position - first].float().unflatten(0, (groups, heads // groups))
+        scores = rows @ key[0, :, None].float().mT * (width**-0.5 if scale is None else scale)
+        hidden = torch.arange(key.shape[2], device=key.device) > position[:, None]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return weights[..., self.asked.fact].sum(-1).mean((1, 2))
 
 
-@dataclass(frozen=True)
-class LayerWorth:
-    """By how many nats an answer (`finding`) and a word of the texts (`reading`) are told worse without a layer."""
-
-    layer: int
-    heads: int
-    finding: float
-    reading: float
-
-
-def _patched_layers(model: nn.Module) -> list[int]:
-    """Those of a model.
-
-    Raises:
-        ValueError: it is not patched.
-    """
-    if not is_patched(unwrap(model)):
-        raise ValueError("`model` must be patched: what a layer sees without a memory is the patch's schedule.")
-    return text_config_of(unwrap(model).config).dilated_attention["layers"]
+@contextmanager
+def _patched(model: PreTrainedModel) -> Iterator[Sequence[int]]:
+    """The layers of a model that are patched, or can be: then they are for a moment."""
+    was_patched = is_patched(model)
+    if not was_patched:
+        patch_model(model, [LEAST], [1])
+    try:
+        yield text_config_of(model.config).dilated_attention["layers"]
+    finally:
+        if not was_patched:
+            unpatch_model(model)
 
 
-def leave_layers_out(
+def score_heads(
     model: PreTrainedModel, tokenizer, texts: Sequence[str], *, length: int = 2048, progress: bool = True
-) -> list[LayerWorth]:
-    """What each patched layer is worth; arguments as of [`find_memory_heads`].
+) -> dict[int, list[float]]:
+    """The score of each key/value head, from 0 to 1, by layer; arguments as of [`find_memory_heads`].
 
     Raises:
-        ValueError: a model that is not patched, or arguments that are not that.
+        ValueError: arguments that are not that, or a model that cannot be patched.
     """
-    layers, base = _patched_layers(model), unwrap(model)
-    schedule = replace(DilationSchedule.from_config(text_config_of(base.config)), memory=None)
-    least = 2 * schedule.segment_lengths[0]
-    if as_integer(length) is None or length < least:
-        raise ValueError(f"`length` must be an integer of at least twice the first segment, {least}, got {length!r}.")
+    if as_integer(length) is None or length < LEAST:
+        raise ValueError(f"`length` must be an integer of at least {LEAST}, got {length!r}.")
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`texts` must be a list of texts, got {texts!r:.100}.")
-    device = base.get_input_embeddings().weight.device
+    model = unwrap(model)
+    device = model.get_input_embeddings().weight.device
     cases = [make_case(tokenizer, text, i, length, device) for i, text in enumerate(texts)]
-    losses, groups = [], {}
-    for layer in tqdm([None, *layers], desc="layers", disable=not progress):
-        with tapped(base, _without(layer, schedule, groups)):
-            told = [_losses(base, case, schedule.segment_lengths[0]) for case in cases]  # before it all is dense
-        losses.append(torch.tensor(told).mean(0))
-    return [LayerWorth(i, groups[i], *(x - losses[0]).tolist()) for i, x in zip(layers, losses[1:])]
+
+    def read(cache: Cache, tokens: torch.Tensor) -> None:
+        model(input_ids=tokens[None], use_cache=True, **named_cache(cache))
+
+    with _patched(model) as layers:
+        listener = _Listener(layers)
+        with tapped(model, listener):
+            for tokens, asked in tqdm(cases, desc="texts", disable=not progress):
+                listener.asked, cache = None, DynamicCache(config=model.config)
+                read(cache, tokens)
+                for listener.asked in asked:
+                    # A copy, as layers that the patch left alone, with windows or states, cannot take tokens back.
+                    read(copy.deepcopy(cache), torch.cat([listener.asked.question, listener.asked.answer]))
+    count = len(cases) * len(NAMES)
+    return {layer: (torch.stack(own).sum(0) / count).tolist() for layer, own in sorted(listener.shares.items())}
 
 
-def best_layers(worths: Sequence[LayerWorth], count: int) -> list[int]:
-    """The first `count` layers of two rankings, by finding and by reading, in turn."""
-    rankings = [
-        [x.layer for x in sorted(worths, key=lambda worth: getattr(worth, name), reverse=True)]
-        for name in ("finding", "reading")
-    ]
-    return sorted(list(dict.fromkeys(layer for pair in zip(*rankings) for layer in pair))[:count])
+def best_heads(scores: dict[int, list[float]], count: int) -> dict[int, list[int]]:
+    """The `count` heads of the highest scores, by layer."""
+    ranked = sorted(((-x, layer, head) for layer, own in scores.items() for head, x in enumerate(own)))
+    best: dict[int, list[int]] = {}
+    for _, layer, head in sorted(ranked[:count], key=lambda x: x[1:]):
+        best.setdefault(layer, []).append(head)
+    return best
 
 
 def find_memory_heads(
     model: PreTrainedModel,
     tokenizer,
     texts: Sequence[str],
-    num_layers: int,
+    num_heads: int | None = None,
     *,
     length: int = 2048,
     progress: bool = True,
 ) -> dict[int, list[int]]:
-    """All key/value heads of the layers that are worth a memory most, for `memory={"heads": ...}`.
+    """The key/value heads that a model finds by, for `memory={"heads": ...}`.
 
-    Half of them are those without which the model would tell facts worst that are planted in the texts, half those
-    without which it would predict the texts worst. One forward of `length` tokens for each layer and text; weights and
-    settings stay as they are.
+    They look at facts, planted in the texts, while these are told. One forward of `length` tokens for each text, and
+    one of a question for each of its five facts; weights and settings stay as they are.
 
     Args:
-        model: patched, with or without a memory; what a layer without one sees is this schedule.
-        tokenizer: called with text. texts: like those to be read, of at least `length` tokens each; with one alone the
-            choice is little better than chance for most layers, three are a good number.
-        num_layers: how many of the patched layers; half of them is a good beginning, with twice the `top_k`.
-        length: tokens of a text that are read, within the model's native context with some 200 more, and at least
-            twice the first segment.
+        model: patched or not; heads of layers that a patch leaves alone are none.
+        tokenizer: called with text. texts: like those to be read, of at least `length` tokens each; three are enough.
+        num_heads: how many; None for one in eight.
+        length: tokens of a text that are read, within the model's native context with some 200 more.
 
     Raises:
-        ValueError: a model that is not patched, or arguments that are not that.
+        ValueError: arguments that are not that, or a model that cannot be patched.
     """
-    most = len(_patched_layers(model))
-    if as_integer(num_layers) is None or not 1 <= num_layers <= most:
-        raise ValueError(f"`num_layers` must be 1 to the {most} patched ones, got {num_layers!r}.")
-    worths = leave_layers_out(model, tokenizer, texts, length=length, progress=progress)
-    best = best_layers(worths, num_layers)
-    return {worth.layer: list(range(worth.heads)) for worth in worths if worth.layer in best}
+    if num_heads is not None and (as_integer(num_heads) is None or num_heads < 1):
+        raise ValueError(f"`num_heads` must be None or an integer of at least 1, got {num_heads!r}.")
+    scores = score_heads(model, tokenizer, texts, length=length, progress=progress)
+    total = sum(len(own) for own in scores.values())
+    if num_heads is not None and num_heads > total:
+        raise ValueError(f"`num_heads` must be at most the {total} key/value heads of the layers, got {num_heads}.")
+    return best_heads(scores, -(-total // 8) if num_heads is None else num_heads)
 
 
-__all__ = ["LayerWorth", "best_layers", "find_memory_heads", "leave_layers_out"]
+__all__ = ["best_heads", "find_memory_heads", "score_heads"]

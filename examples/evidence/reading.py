@@ -14,13 +14,16 @@ from modeling_longnet.patching import is_patched
 from modeling_longnet.transformers_compat import named_cache
 
 
-# The half of SmolLM2-135M's layers, and one more, that memory_layers.py found; another model has its own.
-SMOLLM2_LAYERS = (0, 2, 3, 5, 6, 7, 8, 10, 14, 16, 17, 18, 20, 21, 23, 24)
+# The key/value heads of SmolLM2-135M that benchmarks/memory_heads.py found, by layer; another model has its own.
+SMOLLM2_HEADS = {7: [2], 8: [0], 14: [1], 15: [2], 17: [0, 1], 18: [2], 20: [1, 2], 21: [0, 2], 23: [0]}
 
 DEFAULT_PATCH = {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]}
 
-# Arguments of `patch_model`; None for the model as it is. A query of each patched form sees about 500 keys on average
-# (a window of w_0 / 2, the rows of the other patterns, sinks, 64 blocks of 4 of a memory).
+WIDE_WINDOW = {"segment_lengths": [3072], "dilation_rates": [1]}
+
+# Arguments of `patch_model`; None for the model as it is. A query of the patched forms sees about 500 keys on average
+# (a window of w_0 / 2, the rows of the other patterns, sinks, 64 blocks of 4 of a memory), of those with a wide window
+# 1,536, and in the heads that have a memory 256 more.
 VARIANTS: dict[str, dict | None] = {
     "dense": None,
     "window + sinks": {"segment_lengths": [1024], "dilation_rates": [1]},
@@ -29,9 +32,8 @@ VARIANTS: dict[str, dict | None] = {
     "default patch, yarn": DEFAULT_PATCH | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     "default patch, clamped sinks": DEFAULT_PATCH | {"memory": {"heads": {}}},
     "with memory": {"segment_lengths": [512], "dilation_rates": [1], "memory": {}},
-    "memory in half the layers": DEFAULT_PATCH | {
-        "memory": {"top_k": 128, "heads": {layer: [0, 1, 2] for layer in SMOLLM2_LAYERS}},
-    },
+    "wide window": WIDE_WINDOW | {"memory": {"heads": {}}},
+    "memory in 12 heads": WIDE_WINDOW | {"memory": {"heads": SMOLLM2_HEADS}},
 }  # fmt: skip
 
 
