@@ -87,7 +87,7 @@ class MemoryLayer(DilatedLayer):
                 self._append(own, first, key[own], value[own])
         position = step.first.to(query.device)
         indices = (self.store.ranked(name, slice(None)) for name in ("index", "far"))
-        return attend_step(self.ranking, query, self.store.gather, self.heads.num_kv_heads, *indices, position, scale)
+        return attend_step(self.ranking, query, self.store, self.heads.num_kv_heads, *indices, position, scale)
 
     def _prepare(self) -> None:
         if self.ranking is None:

@@ -4,12 +4,11 @@ Letters: B batch, H query heads, G key/value heads, h = H / G, N room for tokens
 D head dimension, d dimensions ranked in.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from .memory_positions import rotate
 from .memory_search import Index, Ranking, best_blocks, hide_ineligible, rank_blocks
+from .memory_store import Pair, Store
 
 
 def _choose(ranking: Ranking, query, far_query, index, far_index, position, start) -> torch.Tensor:
@@ -40,6 +39,21 @@ def _shared_tokens(ranking: Ranking, groups: int, position, start) -> tuple[torc
     return torch.cat([first, window.clamp(min=0)], dim=1), seen
 
 
+def _shared_parts(store: Store, tokens: torch.Tensor, groups: int, sinks: int) -> list[Pair]:
+    """Keys and values [B, G, S, D] of tokens [B, sinks + span], sinks first, in parts. Those of rows that stand at one
+    position lie side by side, and are not copied."""
+    first, last = int(tokens[0, sinks]), int(tokens[0, -1])
+    if sinks <= last and bool((tokens == tokens[:1]).all()):
+        return [store.span(slice(None), *places) for places in ((0, sinks), (first, last + 1))]
+    return [store.gather(tokens[:, None].expand(-1, groups, -1))]
+
+
+def _weighted(weights: torch.Tensor, parts: list[Pair]) -> torch.Tensor:
+    """Weights [B, G, h, S] of all parts' tokens times their values: [B, G, h, D]."""
+    own = weights.split([value.shape[2] for _, value in parts], dim=-1)
+    return sum(x @ value.to(x.dtype) for x, (_, value) in zip(own, parts))
+
+
 def _read(ranking: Ranking, query, clamps: bool, gather, chosen, position, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, g, h, K b] of the tokens of chosen blocks [B, g, h, K], for the g heads that have a memory, and their
     values [B, g, h, K b, D]; queries [B, g, h, D], turned by block where it clamps distances."""
@@ -59,7 +73,7 @@ def _read(ranking: Ranking, query, clamps: bool, gather, chosen, position, scale
 def attend_step(
     ranking: Ranking,
     query: torch.Tensor,
-    gather: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    store: Store,
     groups: int,
     index: Index,
     far_index: Index,
@@ -69,8 +83,8 @@ def attend_step(
     """Attention of one token a row, [B, H, 1, D], for schedules of a window alone.
 
     Args:
-        query: [B, H, 1, D]. gather: gives keys and values [B, g, ..., D] of the tokens at positions [B, g, ...], those
-            of the queries included, for each of the G = `groups` key/value heads, or for those that are named.
+        query: [B, H, 1, D]. store: keys and values of all tokens, those of the queries included, whose rows are joint.
+            groups: G, the key/value heads.
         index, far_index: of the whole blocks among the tokens, the second at a clamped distance.
         position: of the queries, [B].
     """
@@ -81,22 +95,23 @@ def attend_step(
     rows = query.unflatten(1, (groups, -1))[..., 0, :].to(dtype)  # [B, G, h, D]
     far_query = ranking.far_query(query, position[:, None, None]) if clamps else None
     tokens, seen = _shared_tokens(ranking, groups, position, start)
-    keys, values = (x.to(dtype) for x in gather(tokens[:, None].expand(-1, groups, -1)))
-    scores = rows @ keys.mT * scale
+    parts = _shared_parts(store, tokens, groups, sinks)
+    scores = torch.cat([rows @ key.to(dtype).mT for key, _ in parts], dim=-1) * scale
     if clamps:
         far = (position > memory.max_distance)[:, None, None, None]
         far_rows = far_query.unflatten(1, (groups, -1))[..., 0, :]
-        scores[..., :sinks] = torch.where(far, far_rows @ keys[:, :, :sinks].mT * scale, scores[..., :sinks])
+        far_scores = far_rows @ parts[0][0][:, :, :sinks].to(dtype).mT * scale
+        scores[..., :sinks] = torch.where(far, far_scores, scores[..., :sinks])
     scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
     if int(start.max()) < memory.block_size or ranking.heads == ():
-        return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2).to(query.dtype)
+        return _weighted(scores.softmax(-1), parts).flatten(1, 2).unsqueeze(2).to(query.dtype)
     own_query, own_far = (None if x is None else ranking.own_queries(x, groups) for x in (query, far_query))
     chosen = _choose(ranking, own_query, own_far, index, far_index if clamps else None, position, start)
-    own, own_values = _read(ranking, ranking.own(rows), clamps, gather, chosen, position, scale)
+    own, own_values = _read(ranking, ranking.own(rows), clamps, store.gather, chosen, position, scale)
     has_memory = slice(None) if ranking.heads is None else list(ranking.heads)
     read = scores.new_full((*scores.shape[:-1], own.shape[-1]), -torch.inf)
     read[:, has_memory] = own
     weights = torch.cat([scores, read], dim=-1).softmax(-1)
-    out = weights[..., : scores.shape[-1]] @ values
+    out = _weighted(weights[..., : scores.shape[-1]], parts)
     out[:, has_memory] += (weights[:, has_memory, :, None, scores.shape[-1] :] @ own_values)[..., 0, :]
     return out.flatten(1, 2).unsqueeze(2).to(query.dtype)

@@ -74,7 +74,7 @@ def decoding_ways(length: int, folder: Path, like: dict) -> tuple[dict, dict]:
             index_bytes = made.nbytes  # a block is ranked by one of the two
         indices = [store.ranked(x, slice(None)) for x in ("index", "far")]
         ways[f"memory, {name}"] = lambda store=store, indices=indices: attend_step(
-            ranking, query, store.gather, GROUPS, *indices, position, WIDTH**-0.5
+            ranking, query, store, GROUPS, *indices, position, WIDTH**-0.5
         )
     tokens = HEADS * MEMORY["top_k"] * MEMORY["block_size"] + GROUPS * (schedule.window + schedule.num_sink_tokens)
     read = {"dense": key.nbytes + value.nbytes, "memory": index_bytes + 2 * tokens * WIDTH * key.itemsize}
