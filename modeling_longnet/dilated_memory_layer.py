@@ -62,10 +62,10 @@ class MemoryLayer(DilatedLayer):
         with own_precision(query):
             out = super().attend(step, query, key, value, scale, backend)
         if not self.searches:
-            self._forget(min(step.news[0]))
+            self.let_go(min(step.news[0]))
         return out
 
-    def _forget(self, first: int) -> None:
+    def let_go(self, first: int) -> None:
         """Without a memory, no token before the longest segment and the window will be read again. Nothing is forgotten
         while tokens may be cropped, or that gradients may want."""
         longest, size = max(self.schedule.segment_lengths), self.schedule.memory.block_size
@@ -80,11 +80,11 @@ class MemoryLayer(DilatedLayer):
         self._prepare()
         query, key = self._anchor(step, query, key)
         if len(set(step.news[0])) == 1:
-            self._append(slice(None), step.news[0][0], key, value)
+            self.append(slice(None), step.news[0][0], key, value)
         else:
             for row, first in enumerate(step.news[0]):
                 own = slice(row, row + 1)
-                self._append(own, first, key[own], value[own])
+                self.append(own, first, key[own], value[own])
         position = step.first.to(query.device)
         indices = (self.store.ranked(name, slice(None)) for name in ("index", "far"))
         return attend_step(self.ranking, query, self.store, self.heads.num_kv_heads, *indices, position, scale)
@@ -103,7 +103,7 @@ class MemoryLayer(DilatedLayer):
         outs = []
         for row, first, pad in rows:
             pad = min(pad, columns)
-            self._append(row, first, key[row, :, pad:], value[row, :, pad:])
+            self.append(row, first, key[row, :, pad:], value[row, :, pad:])
             if pad == columns:
                 outs.append(torch.zeros_like(query[row]))
                 continue
@@ -140,7 +140,7 @@ class MemoryLayer(DilatedLayer):
         return anchor(query, key, offset.masked_fill(step.new_pads >= query.shape[2], 0), self.ranking.inv_freq)
 
     @torch.no_grad()
-    def _append(self, row: slice, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def append(self, row: slice, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps new tokens [b, G, T, D] of a row, or of all rows, from position `first` on; indexes what is whole."""
         size, end = self.schedule.memory.block_size, first + key.shape[2]
         self.store.write(row, first, key, value)
