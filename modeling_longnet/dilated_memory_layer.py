@@ -66,13 +66,16 @@ class MemoryLayer(DilatedLayer):
         return out
 
     def let_go(self, first: int) -> None:
-        """Without a memory, no token before the longest segment and the window will be read again. Nothing is forgotten
-        while tokens may be cropped, or that gradients may want."""
-        longest, size = max(self.schedule.segment_lengths), self.schedule.memory.block_size
-        end = (first // longest * longest - self.schedule.window) // size * size
+        """Without a memory, queries from `first` on read sinks, the window, and the longest segment from its beginning.
+        The others are forgotten once they are as many as the window; none while tokens may be cropped, or that
+        gradients may want."""
+        schedule, size = self.schedule, self.schedule.memory.block_size
+        longest = max((w for _, w, _ in schedule.dilated_patterns), default=1)
+        end = (first // longest * longest - schedule.window) // size * size
         held = isinstance(self.store, TensorStore) and not self.record_past and not torch.is_grad_enabled()
-        if held and end > self.store.sinks + self.store.forgotten and end > self.schedule.num_sink_tokens:
-            self.store.forget(self.schedule.num_sink_tokens, end)
+        begin = max(schedule.num_sink_tokens, self.store.sinks + self.store.forgotten) if held else 0
+        if held and first >= schedule.dense_start and end >= begin + schedule.window:
+            self.store.forget(schedule.num_sink_tokens, end)
 
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
         if step.is_padded or len(self.schedule.patterns) > 1 or not self.store.is_joint or self.reach is not None:

@@ -21,6 +21,7 @@ from modeling_longnet.dilated_cache_file import load_cache, save_cache
 from modeling_longnet.dilated_memory_layer import MemoryLayer
 from modeling_longnet.memory_heads import NAMES as TOLD
 from modeling_longnet.memory_heads import best_heads, make_case, score_heads
+from modeling_longnet.memory_pages import ROOM_STEP
 from modeling_longnet.memory_spec import MemorySpec
 from modeling_longnet.transformers_compat import named_cache
 
@@ -224,14 +225,18 @@ def test_padded_rows_forget_what_the_last_of_them_can_spare():
     assert cache.layers[1].store.forgotten > 0
 
 
-def test_what_a_layer_forgets_bounds_its_bytes():
-    """As long as the segments are, whatever the text's length."""
-    model, held = patch_model(tiny_llama(), [8, 32], [1, 2], memory={"heads": {}}), []
-    cache = DilatedCache(model.config)
-    for _ in range(6):
-        read(model, tokens(2000), [500], cache)
-        held.append(cache.memory_footprint())
-    assert held[5] <= held[1]
+@pytest.mark.parametrize("schedule, most", [(([8, 32], [1, 2]), 32 + 4), (([64], [1]), 2 * 32)])
+def test_what_a_layer_forgets_bounds_its_bytes(schedule, most):
+    """Two windows, or the longest segment and the window before it, whatever the text's length; and room to grow."""
+    model = patch_model(tiny_llama(), *schedule, memory={"heads": {}})
+    cache, text = DilatedCache(model.config), tokens(1500)
+    out, _ = read(model, text, [300, *[1] * 300, 200, 700], cache)
+    torch.testing.assert_close(out, logits(model, text), **TOLERANCE)
+    for _ in range(80):
+        read(model, tokens(1), [1], cache)
+        for layer in cache.layers:
+            assert cache.get_seq_length() - layer.store.forgotten <= 4 + most + 4  # and a block begun
+            assert layer.store.keys.shape[2] <= 4 + most + 700 + ROOM_STEP
 
 
 def test_without_sinks_a_layer_without_a_memory_is_as_the_schedule_has_it():
