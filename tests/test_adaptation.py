@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.evidence import adaptation
 from examples.evidence.adaptation import METHODS, Masters, optimize, transfer_backward
+from examples.evidence.reading import in_form, load_model
 from examples.lora_finetune import Options, lora_config
+from examples.perplexity import perplexities
 from modeling_longnet import patch_model
 
 
@@ -113,6 +115,19 @@ def test_rows_are_measured_once_and_apart_and_merged(base, tmp_path):
     other.write_text(json.dumps(merged | {"settings": merged["settings"] | {"max_steps": 4}}))
     with pytest.raises(ValueError, match="merge"):
         adaptation.main(["--output", str(tmp_path / "merged.json"), "--merge", str(other)])
+
+
+def test_adapters_of_trained_rows_are_kept_for_others(base, tmp_path):
+    rows = "with memory:none", "with memory:lora", "dense:lora"
+    given = arguments(base, tmp_path / "x.json", "--rows", *rows, "--adapters", str(tmp_path / "adapters"))
+    records = adaptation.main(given)["records"]
+    folders = sorted((tmp_path / "adapters").iterdir())
+    assert [x.name for x in folders] == ["python-docs-dense-lora-0", "python-docs-with-memory-lora-0"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    _, held_out = adaptation.tokenize(tokenizer, Options(text="python-docs", block_size=600, eval_tokens=700))
+    for folder, form, record in zip(folders, ("dense", "with memory"), (records[2], records[1])):
+        with in_form(load_model(base, folder), form) as model:
+            assert perplexities(model, held_out, [350, 700], form) == pytest.approx(record["perplexity"], rel=1e-4)
 
 
 def test_norms_and_embeddings_are_trained_in_half_precision(base, tmp_path):

@@ -213,8 +213,10 @@ def measure_row(
     variant: str,
     method: str,
     seed: int,
+    adapter: Path | None = None,
 ) -> dict:
-    """Perplexity by length of a form after a method on blocks [N] each, and what its training took."""
+    """Perplexity by length of a form after a method on blocks [N] each, and what its training took; the adapter is
+    kept in a folder, if one is given."""
     set_seed(seed)
     model, name = load_dense(options), f"{variant}, {METHODS[method]}"
     if VARIANTS[variant] is not None:
@@ -239,6 +241,8 @@ def measure_row(
             result["transfer"] = train(blocks[:first], transfer_backward(model.get_base_model(), load_dense(options)))
             result["transfer"]["perplexity"] = judge()
         result["training"] = train(blocks[first:], next_token_backward(model))
+        if adapter is not None:
+            model.save_pretrained(adapter)
     return result | {"tokens": len(blocks) * options.block_size * (method != "none"), "perplexity": judge()}
 
 
@@ -358,6 +362,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
+        "--adapters", type=Path, help="keep the adapter of each row in this folder, for --adapter of others"
+    )
+    parser.add_argument(
         "--merge", nargs="+", type=Path, help="put these files' records into the output; measure nothing"
     )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; .png and .md are written beside it")
@@ -420,7 +427,9 @@ def run(options: argparse.Namespace) -> dict:
 
     def measure(seed: int, text: str, variant: str, method: str) -> dict:
         rows, held_out = split(text)
-        return measure_row(options, in_order(rows, options.max_steps, seed), held_out, variant, method, seed)
+        name = f"{text}-{variant}-{method}-{seed}".replace(" ", "-").replace("'", "")
+        adapter = options.adapters and options.adapters / name
+        return measure_row(options, in_order(rows, options.max_steps, seed), held_out, variant, method, seed, adapter)
 
     return measure_missing(options.output, settings, wanted, measure)
 
