@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from examples.evidence.reading import VARIANTS
-from examples.evidence.records import mean, measure_missing
+from examples.evidence.records import agree, mean, measure_missing
 from examples.lora_finetune import Options, lora_config, tokenize
 from examples.measuring import clock
 from examples.perplexity import perplexities
@@ -396,8 +396,7 @@ def merge(paths: list[Path], output: Path) -> dict:
     parts = [(path, json.loads(path.read_text())) for path in ([output] if output.exists() else []) + paths]
     settings, records = parts[0][1]["settings"], {}
     for path, part in parts:
-        if part["settings"] != settings:
-            raise ValueError(f"`merge`: {path} was measured with {part['settings']}, not {settings}.")
+        settings = agree(path, settings, part["settings"])
         for record in part["records"]:
             records.setdefault(tuple(record[name] for name in ("seed", "text", "variant", "method")), record)
     result = {"settings": settings, "records": list(records.values())}
@@ -412,11 +411,16 @@ def run(options: argparse.Namespace) -> dict:
     names = ("block_size", "max_steps", "transfer_steps", "lengths", "eval_tokens", "dtype", "learning_rate",
              "direct_learning_rate", "lora_rank")  # fmt: skip
     settings = {name: getattr(options, name) for name in names}
-    settings |= {"model": Path(options.model).name, "variants": VARIANTS}
+    rows = options.rows or default_rows(options.variants)
+    used = {row.rsplit(":", 1)[0] for row in rows}
+    settings |= {
+        "model": Path(options.model).name,
+        "variants": {name: VARIANTS[name] for name in VARIANTS if name in used},
+    }
     texts = {Path(text).name: text for text in options.text}
     wanted = [
         {"seed": seed, "text": text, "variant": row.rsplit(":", 1)[0], "method": row.rsplit(":", 1)[1]}
-        for seed in range(options.seeds) for text in texts for row in options.rows or default_rows(options.variants)
+        for seed in range(options.seeds) for text in texts for row in rows
         if seed == 0 or not row.endswith(":none")
     ]  # fmt: skip
 

@@ -25,6 +25,22 @@ def check_settings(path: Path, found: dict, settings: dict) -> None:
             )
 
 
+def agree(path: Path, found: dict, settings: dict) -> dict:
+    """The settings of a file and of this run together, whose dictionaries may have grown.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    together = found | settings
+    for name, value in settings.items():
+        if isinstance(value, dict) and isinstance(found.get(name), dict):
+            check_settings(path, found[name], value)
+            together[name] = found[name] | value
+        else:
+            check_settings(path, found, {name: value})
+    return together
+
+
 def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list[dict], dict]:
     """The rows that a JSON file holds already, and what stands beside them when this run writes: its provenance, those
     of the runs before it, and `settings`, of which None agrees with everything, and dictionaries may have grown.
@@ -35,15 +51,11 @@ def open_record(path: Path, settings: dict, rows: str = "records") -> tuple[list
     beside, settings = {"provenance": provenance(), "earlier runs": []}, json.loads(json.dumps(settings))
     found = json.loads(path.read_text()) if path.exists() else {rows: []}
     known = {name: found[name] for name in settings if found.get(name) is not None}
-    for name in [name for name in known if isinstance(known[name], dict) and settings[name] is not None]:
-        check_settings(path, known[name], settings[name])
-        known[name] = known[name] | settings[name]
-        settings[name] = known[name]
-    check_settings(path, known, {name: value for name, value in settings.items() if value is not None})
+    settings |= agree(path, known, {name: value for name, value in settings.items() if value is not None})
     if "provenance" in found:
         runs = [*found.get("earlier runs", []), found["provenance"]]
         beside["earlier runs"] = [run for i, run in enumerate(runs) if run not in (*runs[:i], beside["provenance"])]
-    return found[rows], beside | settings | known
+    return found[rows], beside | settings
 
 
 @contextmanager
@@ -80,8 +92,7 @@ def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Cal
     """
     result = json.loads(path.read_text()) if path.exists() else {"settings": {}, "records": []}
     settings = json.loads(json.dumps(settings))
-    check_settings(path, result["settings"], settings)
-    result["settings"] |= settings
+    result["settings"] = agree(path, result["settings"], settings)
     records = result["records"]
     missing = [key for key in wanted if not any(key.items() <= record.items() for record in records)]
     with saving(path, result) as save:
