@@ -170,7 +170,7 @@ def find_memory_heads(
     Args:
         model: patched or not; heads of layers that a patch leaves alone are none.
         tokenizer: called with text. texts: like those to be read, of at least `length` tokens each; three are enough.
-        num_heads: how many; None for one in eight.
+        num_heads: how many; None for one in five.
         length: tokens of a text that are read, within the model's native context with some 200 more.
 
     Raises:
@@ -182,7 +182,7 @@ def find_memory_heads(
     total = sum(len(own) for own in scores.values())
     if num_heads is not None and num_heads > total:
         raise ValueError(f"`num_heads` must be at most the {total} key/value heads of the layers, got {num_heads}.")
-    return best_heads(scores, -(-total // 8) if num_heads is None else num_heads)
+    return best_heads(scores, -(-total // 5) if num_heads is None else num_heads)
 
 
 __all__ = ["best_heads", "find_memory_heads", "score_heads"]

@@ -24,17 +24,17 @@ def test_the_map_of_heads_says_what_each_text_alone_would_choose(byte_model, tmp
 
 @pytest.mark.parametrize("store", ["device", "cpu"])
 def test_the_cost_of_a_model_is_told_by_form_and_length(byte_model, tmp_path, monkeypatch, store):  # noqa: F811
-    monkeypatch.setitem(VARIANTS, "memory in 12 heads", FORM)
+    monkeypatch.setitem(VARIANTS, "memory in 18 heads", FORM)
     caches = []
     decode = memory_model_cost.decode
     monkeypatch.setattr(memory_model_cost, "decode", lambda m, cache, n: caches.append(cache) or decode(m, cache, n))
     result = memory_model_cost.main([
         "--model", str(byte_model), "--lengths", "100", "300", "--decoding-lengths", "200", "400", "--store", store,
-        "--variants", "dense", "memory in 12 heads", "--output", str(tmp_path / "x.json"),
+        "--variants", "dense", "memory in 18 heads", "--output", str(tmp_path / "x.json"),
     ])  # fmt: skip
     for part, lengths in (("forward", [100, 300]), ("decoding", [200, 400])):
         assert [row["tokens"] for row in result[part]] == lengths
-        assert all(set(row["seconds"]) == {"dense", "memory in 12 heads"} for row in result[part])
+        assert all(set(row["seconds"]) == {"dense", "memory in 18 heads"} for row in result[part])
     assert (tmp_path / "x.png").exists() and [x.get_seq_length() for x in caches] == [208] * 4 + [408] * 4
     bounded = [x for x in caches if isinstance(x, DilatedCache)]
     assert len(bounded) == 4 and all(x.layers[0].store.keys.shape[2] >= 208 for x in bounded)

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict:
                         help="names of texts.py, paths; a part of each is read")  # fmt: skip
     parser.add_argument("--begin", type=int, default=100_000, help="first character of the parts")
     parser.add_argument("--length", type=int, default=2048, help="tokens of each")
-    parser.add_argument("--num-heads", type=int, help="to choose; default one in eight")
+    parser.add_argument("--num-heads", type=int, help="to choose; default one in five")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; the map is written beside it")
     options = parser.parse_args(arguments)
     path = options.model or str(smollm2_135m())
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> dict:
         part = load_text(name)[options.begin :][: 12 * options.length]
         by_text[name] = score_heads(model, tokenizer, [part], length=options.length, progress=False)
     seconds, scores = time.process_time() - began, mean_of(list(by_text.values()))
-    count = options.num_heads or -(-sum(map(len, scores.values())) // 8)
+    count = options.num_heads or -(-sum(map(len, scores.values())) // 5)
     best = best_heads(scores, count)
     result = {
         "provenance": provenance(), "model": Path(path).name, "texts": options.texts, "begin": options.begin,

@@ -27,7 +27,7 @@ from modeling_longnet.dilated_memory_layer import MemoryLayer
 from modeling_longnet.transformers_compat import named_cache
 
 
-FORMS = ["dense", "default patch", "with memory", "memory in 12 heads"]
+FORMS = ["dense", "default patch", "with memory", "memory in 18 heads"]
 STEP = 4096  # tokens that are put into a cache at once
 
 

@@ -15,7 +15,10 @@ from modeling_longnet.transformers_compat import named_cache
 
 
 # The key/value heads of SmolLM2-135M that benchmarks/memory_heads.py found, by layer; another model has its own.
-SMOLLM2_HEADS = {7: [2], 8: [0], 14: [1], 15: [2], 17: [0, 1], 18: [2], 20: [1, 2], 21: [0, 2], 23: [0]}
+SMOLLM2_HEADS = {
+    6: [0], 7: [2], 8: [0], 14: [0, 1], 15: [2], 17: [0, 1], 18: [2], 19: [1], 20: [1, 2], 21: [0, 1, 2], 22: [1, 2],
+    23: [0],
+}  # fmt: skip
 
 DEFAULT_PATCH = {"segment_lengths": [768, 3072, 8192], "dilation_rates": [1, 4, 16]}
 
@@ -33,7 +36,7 @@ VARIANTS: dict[str, dict | None] = {
     "default patch, clamped sinks": DEFAULT_PATCH | {"memory": {"heads": {}}},
     "with memory": {"segment_lengths": [512], "dilation_rates": [1], "memory": {}},
     "wide window": WIDE_WINDOW | {"memory": {"heads": {}}},
-    "memory in 12 heads": WIDE_WINDOW | {"memory": {"heads": SMOLLM2_HEADS}},
+    "memory in 18 heads": WIDE_WINDOW | {"memory": {"heads": SMOLLM2_HEADS}},
 }  # fmt: skip
 
 
