@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--model", help="folder or Hub id; default SmolLM2-135M-Instruct, from pip")
     parser.add_argument("--texts", nargs="+", default=["python-docs", "python-source", "king-james"],
                         help="names of texts.py, paths; a part of each is read")  # fmt: skip
-    parser.add_argument("--begin", type=int, default=100_000, help="first character of the parts")
+    parser.add_argument("--begin", type=int, default=20_000, help="first character of the parts")
     parser.add_argument("--length", type=int, default=2048, help="tokens of each")
     parser.add_argument("--num-heads", type=int, help="to choose; default one in five")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; the map is written beside it")
