@@ -24,7 +24,7 @@ from .transformers_compat import text_config_of
 
 FORMAT = "longnet-dilated-cache-1"
 FOLDER_FORMAT = "longnet-memory-folder-1"
-STORED = ("keys", "values", "forgotten", *INDICES)  # what a layer may hold, by name
+STORED = ("keys", "values", "rest_keys", "rest_values", "forgotten", *INDICES)  # what a layer may hold, by name
 SAMPLES = 64  # values of each weight that enter the fingerprint; training changes nearly all of them
 # Names in a configuration that say where a model comes from, how it is stored, or how it generates.
 NOT_COMPUTED = (
@@ -216,7 +216,8 @@ def restore_layer(path: Path, layer, index: int, tensors: dict[str, torch.Tensor
     if not {"keys", "values"} <= set(stored):
         raise ValueError(f"{path} holds nothing for layer {index}.")
     stored = {name: value.to(device) for name, value in stored.items()}
-    layer.lazy_initialization(stored["keys"][:, :, :0], stored["values"][:, :, :0])
+    own = [[stored[name][:, :, :0] for name in (x, f"rest_{x}") if name in stored] for x in ("keys", "values")]
+    layer.lazy_initialization(*(torch.cat(heads, dim=1) for heads in own))
     try:
         layer.restore(stored)
     except ValueError as error:

@@ -19,8 +19,9 @@ from .memory_fetching import all_before
 from .memory_pages import StoreFolder
 from .memory_positions import anchor
 from .memory_search import Ranking, outside_graphs
+from .memory_split import SplitStore, Store
 from .memory_step import attend_step
-from .memory_store import Shape, Store, TensorStore, make_store
+from .memory_store import Shape, TensorStore, make_store
 
 
 class MemoryLayer(DilatedLayer):
@@ -43,7 +44,9 @@ class MemoryLayer(DilatedLayer):
         self.heads = heads or self.heads_of(groups)
         kind = key_states.dtype, key_states.device
         shape = Shape(batch, groups, width, *kind, memory.block_size, memory.num_heads)
-        self.begin_with(make_store(self.kind, shape, self.folder, self.layer_idx))
+        own, split = memory.only_heads, memory.num_heads not in (None, 0, groups) and self.kind != "disk"
+        store = SplitStore(shape, own, self.kind == "device") if split else None
+        self.begin_with(store or make_store(self.kind, shape, self.folder, self.layer_idx))
 
     def begin_with(self, store: Store) -> None:
         """Goes on with what a store holds."""
@@ -61,20 +64,20 @@ class MemoryLayer(DilatedLayer):
     def attend(self, step: Step, query, key, value, scale: float, backend: str | None) -> torch.Tensor:
         with own_precision(query):
             out = super().attend(step, query, key, value, scale, backend)
-        if not self.searches:
-            self.let_go(min(step.news[0]))
+        self.let_go(min(step.news[0]))
         return out
 
     def let_go(self, first: int) -> None:
-        """Without a memory, queries from `first` on read sinks, the window, and the longest segment from its beginning.
-        The others are forgotten once they are as many as the window; none while tokens may be cropped, or that
-        gradients may want."""
+        """Of heads without a memory, queries from `first` on read sinks, the window, and the longest segment from its
+        beginning. The other tokens are forgotten once they are as many as the window; none while tokens may be cropped,
+        or that gradients may want."""
         schedule, size = self.schedule, self.schedule.memory.block_size
         longest = max((w for _, w, _ in schedule.dilated_patterns), default=1)
         end = (first // longest * longest - schedule.window) // size * size
-        held = isinstance(self.store, TensorStore) and not self.record_past and not torch.is_grad_enabled()
-        begin = max(schedule.num_sink_tokens, self.store.sinks + self.store.forgotten) if held else 0
-        if held and first >= schedule.dense_start and end >= begin + schedule.window:
+        may_forget = isinstance(self.store, SplitStore) or isinstance(self.store, TensorStore) and not self.searches
+        if not may_forget or self.record_past or torch.is_grad_enabled() or first < schedule.dense_start:
+            return
+        if end >= max(schedule.num_sink_tokens, self.store.sinks + self.store.forgotten) + schedule.window:
             self.store.forget(schedule.num_sink_tokens, end)
 
     def _decode(self, step: Step, query, key, value, scale) -> torch.Tensor:
@@ -124,9 +127,8 @@ class MemoryLayer(DilatedLayer):
         oldest = 0 if self.reach is None else max(0, call.start - self.reach) // self.schedule.memory.block_size
         chosen = choose_indexed(call, query, *indices, oldest)
         end = call.start + query.shape[2]
-        past, memory = self.store.whole(row, end), self.schedule.memory
-        fetched = query.shape[2] * self.heads.per_group * (memory.top_k + 1) * memory.block_size  # tokens, at most
-        if not wants_grad and (past is None or fetched < end):
+        past = self.store.whole(row, end)
+        if not wants_grad and (past is None or call.most_reads(query.shape[2]) < end):
             return attend_stored(call, query, self.store, row, chosen)
         past = all_before(self.store, row, end) if past is None else past
         if wants_grad:  # gradients reach the new tokens; what came before is state

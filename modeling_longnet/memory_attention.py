@@ -20,7 +20,8 @@ from .memory_positions import rotate
 from .memory_reference import memory_attention_reference
 from .memory_rows import RowAttention
 from .memory_search import NO_BLOCK, Index, MemoryBasis, Ranking, choose_blocks, outside_graphs
-from .memory_store import Store, whole_blocks
+from .memory_split import Store
+from .memory_store import whole_blocks
 
 
 FETCHED = 2**18  # tokens that one stretch of queries may have fetched for it
@@ -88,6 +89,10 @@ class MemoryCall:
         near = (position - memory.max_distance - 1).div(memory.block_size, rounding_mode="floor")[:, None] + 1
         return reads + ((reads >= 0) & (reads < near)) * blocks
 
+    def most_reads(self, query_length: int) -> int:
+        """Tokens that the queries of a key/value head can read by their choices."""
+        return query_length * self.heads.per_group * (self.schedule.memory.top_k + 1) * self.schedule.memory.block_size
+
     def offsets(self, device: torch.device) -> torch.Tensor:
         """Of each head in the patterns behind the window, [patterns, H]."""
         heads, rates = range(self.heads.num_heads), self.schedule.dilation_rates[1:]
@@ -108,14 +113,13 @@ def _stretches(
     is_stored, attention = isinstance(keys, StoredKeys), part_attention(query.device)
     blocks = (keys.end if is_stored else keys[0].shape[2]) // size
     numbers = torch.arange(blocks, device=query.device)
-    pairs = FETCHED // size if is_stored else attention.PAIRS
-    tile = max(1, pairs // (per_group * (count + 1)))
     for row in range(len(chosen)):
         for group in call.groups:
             own = slice(group * per_group, (group + 1) * per_group)
-            if not is_stored:
-                pair = (whole_blocks(x, row, group, size).contiguous() for x in keys)
-                pair = attention.prepare(*pair, numbers * size, inv_freq)
+            head = keys.head(row, group) if is_stored else [whole_blocks(x, row, group, size) for x in keys]
+            if head is not None:
+                pair = attention.prepare(*(x.contiguous() for x in head), numbers * size, inv_freq)
+            tile = max(1, (FETCHED // size if head is None else attention.PAIRS) // (per_group * (count + 1)))
             for begin in range(0, length, tile):
                 at = row, own, slice(begin, min(begin + tile, length))
                 read, slots = call.reads(chosen[at], begin, blocks).flatten(0, 1), None
@@ -124,7 +128,7 @@ def _stretches(
                     read = read[:, is_read]
                 if not read.shape[1]:
                     continue
-                if is_stored:
+                if head is None:
                     read, slots = _slots(read, blocks)
                     pair = attention.prepare(*keys.blocks(row, group, slots), slots * size, inv_freq)
                 start, queries = call.start + begin, at[2].stop - begin
@@ -239,7 +243,7 @@ def attend_stored(
     """Attention [B, H, Q, D] of rows of a store, whose keys are fetched as they are asked for. No gradient."""
     (out, lse), end = empty_accumulator(query), call.start + query.shape[2]
     blocks = call.blocks(query.shape[2], end)
-    keys = StoredKeys(store, row, blocks, call.start - call.schedule.window, end)
+    keys = StoredKeys(store, row, blocks, call.start - call.schedule.window, end, call.most_reads(query.shape[2]))
     shown = PlannedAttention(get_kernel(call.backend, query), blocks, call.start, call.scale, keys.locate)
     shown.forward(query, keys.key, keys.value, out, lse)
     if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:

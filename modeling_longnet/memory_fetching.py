@@ -9,16 +9,13 @@ import torch
 
 from .attention_blocks import block_positions
 from .dilation_plan import Block, Rows
-from .memory_store import Pair, Store
+from .memory_split import SplitStore, Store, span_or_zeros
+from .memory_store import Pair, TensorStore
 
 
 def all_before(store: Store, row: slice, end: int) -> Pair:
     """Keys and values of all tokens before `end`; zeros where they were forgotten, which no query reads."""
-    if not getattr(store, "forgotten", 0):
-        return store.span(row, 0, end)
-    rest = store.span(row, store.sinks + store.forgotten, end)
-    gone = rest[0].new_zeros(*rest[0].shape[:2], store.forgotten, rest[0].shape[-1])
-    return tuple(torch.cat([x, gone, y], dim=2) for x, y in zip(store.span(row, 0, store.sinks), rest))
+    return span_or_zeros(store, row, 0, end) if isinstance(store, TensorStore) else store.span(row, 0, end)
 
 
 class StoredKeys:
@@ -27,10 +24,11 @@ class StoredKeys:
 
     Args:
         recent: the first position from which on all keys lie in `key`, up to `end`; behind them what else is shown.
+        reads: tokens that are chosen, at most, by all queries.
     """
 
-    def __init__(self, store: Store, row: slice, blocks: Iterable[Block], recent: int, end: int):
-        self.store, self.row, self.first, self.end = store, row, max(0, recent), end
+    def __init__(self, store: Store, row: slice, blocks: Iterable[Block], recent: int, end: int, reads: int):
+        self.store, self.row, self.first, self.end, self.reads = store, row, max(0, recent), end, reads
         pairs, length = [store.span(row, self.first, end)], end - self.first
         self.places: dict[int, torch.Tensor] = {}
         for block in blocks:
@@ -48,6 +46,12 @@ class StoredKeys:
         """Where a block's keys lie in `key`."""
         place = self.places.get(id(block))
         return block.region.keys.shift(-self.first) if place is None else place
+
+    def head(self, row: int, group: int) -> Pair | None:
+        """All blocks [n, b, D] of a head in place, where they can be had so and more tokens are read than there are."""
+        if self.reads < self.end or not isinstance(self.store, SplitStore):
+            return None
+        return self.store.head((self.row.start or 0) + row, group, self.end)
 
     def blocks(self, row: int, group: int, numbers: torch.Tensor) -> Pair:
         return self.store.blocks((self.row.start or 0) + row, group, numbers)

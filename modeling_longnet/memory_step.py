@@ -8,7 +8,8 @@ import torch
 
 from .memory_positions import rotate
 from .memory_search import Index, Ranking, best_blocks, hide_ineligible, rank_blocks
-from .memory_store import Pair, Store
+from .memory_split import Store
+from .memory_store import Pair
 
 
 def _choose(ranking: Ranking, query, far_query, index, far_index, position, start) -> torch.Tensor:

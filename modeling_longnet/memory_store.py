@@ -405,9 +405,6 @@ class BankedStore:
         return self.own.bytes()
 
 
-Store = TensorStore | FileStore | BankedStore
-
-
 def open_store(kind: str, path, has_memory: bool) -> StoreFolder | None:
     """The folder of a cache's arguments `store` and `path`, if there is one.
 

@@ -36,6 +36,6 @@ def test_the_cost_of_a_model_is_told_by_form_and_length(byte_model, tmp_path, mo
         assert [row["tokens"] for row in result[part]] == lengths
         assert all(set(row["seconds"]) == {"dense", "memory in 18 heads"} for row in result[part])
     assert (tmp_path / "x.png").exists() and [x.get_seq_length() for x in caches] == [208] * 4 + [408] * 4
-    bounded = [x for x in caches if isinstance(x, DilatedCache)]
-    assert len(bounded) == 4 and all(x.layers[0].store.keys.shape[2] >= 208 for x in bounded)
-    assert torch.isfinite(bounded[-1].layers[0].store.keys[:, :, :408]).all() and bounded[-1].layers[0].searches
+    stored = [x.layers[0].stored() for x in caches if isinstance(x, DilatedCache)]
+    assert len(stored) == 4 and all(x["keys"].shape[2] >= 208 for x in stored) and stored[-1]["forgotten"].max() > 250
+    assert torch.isfinite(stored[-1]["keys"][:, :, :408]).all() and "index" in stored[-1]

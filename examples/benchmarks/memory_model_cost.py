@@ -55,8 +55,7 @@ def cache_behind(model: PreTrainedModel, length: int, store: str) -> Cache:
             continue
         for first in range(begin, length, STEP):
             layer.append(slice(None), first, *random_keys(model, min(STEP, length - first)))
-            if not layer.searches:
-                layer.let_go(first)
+            layer.let_go(first)
     cache.positions.fill_(length)
     cache.seen.fill_(length)
     return cache
