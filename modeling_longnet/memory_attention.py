@@ -81,6 +81,7 @@ class MemoryCall:
         position = torch.arange(start, start + length, device=chosen.device)
         first = self.schedule.local_start(position)
         cut = (first <= position - window) & (position >= self.schedule.dense_start)
+        cut &= first + memory.block_size > self.schedule.num_sink_tokens  # else it is seen as sink tokens
         seam = torch.where(cut, first // memory.block_size, NO_BLOCK)
         reads = torch.cat([chosen, seam[:, None].expand(heads, length, 1)], dim=-1)
         if not self.clamps(begin + length):

@@ -22,6 +22,8 @@ CASES = {
     "blocks-of-4": ([8], [1], 2, {"block_size": 4, "top_k": 2}),
     "no-sinks-uneven": ([14], [1], 0, {"block_size": 3, "top_k": 3, "rank": "mean"}),
     "sinks-in-a-block": ([12], [1], 5, {"block_size": 4, "top_k": 2, "rank": "bound"}),
+    "more-sinks-than-window": ([8], [1], 9, {"block_size": 2, "top_k": 2}),
+    "more-clamped-sinks-than-window": ([8, 20], [1, 3], 13, {"block_size": 4, "top_k": 2, "max_distance": 10}),
     "single-keys": ([6], [1], 3, {"block_size": 1, "top_k": 5}),
     "beside-dilated": ([8, 16, 64], [1, 2, 4], 2, {"block_size": 4, "top_k": 3}),
     "beside-uneven-dilated": ([9, 20], [1, 3], 1, {"block_size": 2, "top_k": 4}),
