@@ -68,12 +68,12 @@ class MemoryLayer(DilatedLayer):
         return out
 
     def let_go(self, first: int) -> None:
-        """Of heads without a memory, queries from `first` on read sinks, the window, and the longest segment from its
-        beginning. The other tokens are forgotten once they are as many as the window; none while tokens may be cropped,
-        or that gradients may want."""
+        """Of heads without a memory, queries from `first` on read sinks, the window, and the segments that `first` lies
+        in. The other tokens are forgotten once they are as many as the window; none while tokens may be cropped, or
+        that gradients may want."""
         schedule, size = self.schedule, self.schedule.memory.block_size
-        longest = max((w for _, w, _ in schedule.dilated_patterns), default=1)
-        end = (first // longest * longest - schedule.window) // size * size
+        begins = (first // w * w for _, w, _ in schedule.dilated_patterns)
+        end = (min(begins, default=first) - schedule.window) // size * size
         may_forget = isinstance(self.store, SplitStore) or isinstance(self.store, TensorStore) and not self.searches
         if not may_forget or self.record_past or torch.is_grad_enabled() or first < schedule.dense_start:
             return

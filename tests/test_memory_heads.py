@@ -255,6 +255,15 @@ def test_what_a_layer_forgets_bounds_its_bytes(schedule, most):
             assert layer.store.keys.shape[2] <= 4 + most + 700 + ROOM_STEP
 
 
+def test_a_shorter_segment_may_begin_before_the_longest_and_is_kept():
+    model = patch_model(tiny_llama(), [8, 32, 48], [1, 2, 3], memory={"heads": {}})
+    text = tokens(200)
+    for sizes in ([50, 1], [49, 2, 5]):
+        out, cache = read(model, text, sizes)
+        torch.testing.assert_close(out, logits(model, text), **TOLERANCE)
+        assert all(layer.store.forgotten for layer in cache.layers)
+
+
 def test_without_sinks_a_layer_without_a_memory_is_as_the_schedule_has_it():
     model = patch_model(tiny_llama(), [8, 32], [1, 2], num_sink_tokens=0, memory={"top_k": 3, "heads": {2: [1]}})
     assert [isinstance(layer, MemoryLayer) for layer in DilatedCache(model.config).layers] == [False, False, True]
