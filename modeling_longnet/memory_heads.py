@@ -24,7 +24,7 @@ from .dilation_schedule import as_integer
 from .patch_attention import run_original
 from .patch_probe import tapped
 from .patching import is_patched, patch_model, unpatch_model
-from .transformers_compat import named_cache, text_config_of, unwrap
+from .transformers_compat import LinearAttentionCacheLayerMixin, named_cache, text_config_of, unwrap
 
 
 NAMES = ("Alma", "Bruno", "Clara", "Dario", "Edith")
@@ -48,16 +48,17 @@ def number_of(name: int, text: int) -> str:
 
 
 def make_case(tokenizer, text: str, index: int, length: int, device: torch.device) -> tuple[torch.Tensor, list[Asked]]:
-    """The first `length` tokens of a text with facts evenly spread over them, [N], and what is asked of it.
+    """The first `length` tokens of a text, what a tokenizer sets before it included, with facts evenly spread over
+    them, [N], and what is asked of it.
 
     Raises:
         ValueError: a text of fewer tokens.
     """
 
-    def encode(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(part: str, special: bool = False) -> list[int]:
+        return tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]
 
-    own = encode(text)
+    own = encode(text, special=True)  # without their first token some models look elsewhere
     if len(own) < length:
         raise ValueError(f"each of `texts` must have at least `length` tokens, {length}, got {len(own)}.")
     step, tokens, asked = length // (len(NAMES) + 1), [], []
@@ -80,7 +81,7 @@ class _Listener:
     shares: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by layer: of each question, [G]
 
     def __call__(self, original: str, module: nn.Module, query, key, value, mask, **arguments):
-        if module.layer_idx in self.layers:
+        if self.asked is not None and module.layer_idx in self.layers:
             own = self.shares.setdefault(module.layer_idx, [])
             own.append(self._share(query, key, arguments.get("scaling")))
         return run_original(original, module, query, key, value, mask, **arguments)
@@ -88,8 +89,6 @@ class _Listener:
     def _share(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Of attention to the fact, by queries from the token before the answer to that before its last one."""
         (_, heads, length, width), groups = query.shape, key.shape[1]
-        if self.asked is None:
-            return query.new_zeros(groups, dtype=torch.float32)
         first = key.shape[2] - length
         position = torch.arange(first, key.shape[2], device=key.device)[-len(self.asked.answer) - 1 : -1]
         rows = query[0, :, position - first].float().unflatten(0, (groups, heads // groups))
@@ -102,14 +101,37 @@ class _Listener:
 @contextmanager
 def _patched(model: PreTrainedModel) -> Iterator[Sequence[int]]:
     """The layers of a model that are patched, or can be: then they are for a moment."""
-    was_patched = is_patched(model)
-    if not was_patched:
-        patch_model(model, [LEAST], [1])
+    config = text_config_of(model.config)
+    if is_patched(model):
+        yield config.dilated_attention["layers"]
+        return
+    told = getattr(config, "dilated_attention", None)  # of a model that was saved patched
+    patch_model(model, [LEAST], [1])
     try:
-        yield text_config_of(model.config).dilated_attention["layers"]
+        yield config.dilated_attention["layers"]
     finally:
-        if not was_patched:
-            unpatch_model(model)
+        unpatch_model(model)
+        if told is not None:
+            config.dilated_attention = told
+
+
+def _read(model: PreTrainedModel, tokens: torch.Tensor, asked: Sequence[Asked], listener: _Listener) -> None:
+    """Reads a text, and each question with its answer behind it."""
+
+    def forward(part: torch.Tensor, cache: Cache | None = None) -> None:
+        model(input_ids=part[None], use_cache=cache is not None, **named_cache(cache))
+
+    listener.asked, cache = None, DynamicCache(config=model.config)
+    # Jamba and Bamba go on from states by single tokens alone.
+    recurs = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    if not recurs:
+        forward(tokens, cache)
+    for listener.asked in asked:
+        part = torch.cat([listener.asked.question, listener.asked.answer])
+        if recurs:
+            forward(torch.cat([tokens, part]))
+        else:  # a copy, as layers that the patch left alone, with windows, cannot take tokens back
+            forward(part, copy.deepcopy(cache))
 
 
 def score_heads(
@@ -122,24 +144,17 @@ def score_heads(
     """
     if as_integer(length) is None or length < LEAST:
         raise ValueError(f"`length` must be an integer of at least {LEAST}, got {length!r}.")
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, str)  # what is read but once would be used up here
+    if not is_list or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`texts` must be a list of texts, got {texts!r:.100}.")
     model = unwrap(model)
     device = model.get_input_embeddings().weight.device
     cases = [make_case(tokenizer, text, i, length, device) for i, text in enumerate(texts)]
-
-    def read(cache: Cache, tokens: torch.Tensor) -> None:
-        model(input_ids=tokens[None], use_cache=True, **named_cache(cache))
-
     with _patched(model) as layers:
         listener = _Listener(layers)
         with tapped(model, listener):
             for tokens, asked in tqdm(cases, desc="texts", disable=not progress):
-                listener.asked, cache = None, DynamicCache(config=model.config)
-                read(cache, tokens)
-                for listener.asked in asked:
-                    # A copy, as layers that the patch left alone, with windows or states, cannot take tokens back.
-                    read(copy.deepcopy(cache), torch.cat([listener.asked.question, listener.asked.answer]))
+                _read(model, tokens, asked, listener)
     count = len(cases) * len(NAMES)
     return {layer: (torch.stack(own).sum(0) / count).tolist() for layer, own in sorted(listener.shares.items())}
 
@@ -165,7 +180,8 @@ def find_memory_heads(
     """The key/value heads that a model finds by, for `memory={"heads": ...}`.
 
     They look at facts, planted in the texts, while these are told. One forward of `length` tokens for each text, and
-    one of a question for each of its five facts; weights and settings stay as they are.
+    one of a question for each of its five facts, which a model with recurrent layers reads behind the text anew;
+    weights and settings stay as they are.
 
     Args:
         model: patched or not; heads of layers that a patch leaves alone are none.

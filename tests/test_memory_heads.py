@@ -7,6 +7,7 @@ import torch
 from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_model, tiny_llama, tokens
 from test_warnings_once import said  # noqa: F401  a fixture
 from tiny_families import make_tiny
+from transformers import LlamaForCausalLM
 
 from modeling_longnet import (
     DilatedCache,
@@ -72,31 +73,46 @@ def test_the_head_that_finds_is_found_and_finds_with_a_memory(finds, is_patched)
         assert (int(logits(patched, text)[0, -1].argmax()) == 7) == expected
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
-def test_heads_are_found_where_other_layers_have_windows_or_states(family):
-    """Those cannot take back a question that was read."""
-    numbers = RecallTokens(torch.full((NAMES, NUMBERS), 7), torch.full((NAMES,), 9))
-    found = find_memory_heads(make_tiny(family), numbers, [TEXT], 1, length=300, progress=False)
-    assert list(found) == [1]
-
-
-def test_scores_are_the_shares_of_attention_to_the_fact():
-    """By Transformers' own weights: of the rows that tell the answer, the mean over the query heads of a group."""
-    model, tokenizer = (
-        tiny_llama(),
-        RecallTokens(torch.arange(NAMES * NUMBERS).view(NAMES, NUMBERS) % 60, torch.arange(NAMES)),
-    )
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "jamba", "bamba"])
+def test_scores_are_the_shares_of_attention_to_the_fact(family):
+    """By Transformers' own weights: of the rows that tell the answer, the mean over the query heads of a group. Also
+    beside layers with windows or states, which cannot take back a question that was read."""
+    model = tiny_llama() if family == "llama" else make_tiny(family)
+    tokenizer = RecallTokens(torch.arange(NAMES * NUMBERS).view(NAMES, NUMBERS) % 60, torch.arange(NAMES))
     scores = score_heads(model, tokenizer, [TEXT], length=300, progress=False)
+    assert list(scores) == ([0, 1, 2] if family == "llama" else [1])
     tokens, asked = make_case(tokenizer, TEXT, 0, 300, torch.device("cpu"))
     model.set_attn_implementation("eager")
     expected = torch.zeros(len(scores), 2)
     for one in asked:
         ids = torch.cat([tokens, one.question, one.answer])
-        weights = model(input_ids=ids[None], output_attentions=True).attentions
+        weights = model(input_ids=ids[None], use_cache=False, output_attentions=True).attentions[-len(scores) :]
         rows = slice(len(ids) - len(one.answer) - 1, -1)
         told = torch.stack([x[0, :, rows, one.fact].sum(-1).unflatten(0, (2, -1)).mean((1, 2)) for x in weights])
         expected += told.detach() / len(asked)
-    torch.testing.assert_close(torch.tensor([*scores.values()]), expected)
+    torch.testing.assert_close(torch.tensor([*scores.values()]), expected, rtol=0, atol=1e-6)
+
+
+def test_what_a_tokenizer_sets_before_a_text_is_read_too():
+    def tokenizer(text, add_special_tokens=True, **_):
+        return {"input_ids": [1] * add_special_tokens + [ord(x) for x in text]}
+
+    text = "a" * 400
+    tokens, asked = make_case(tokenizer, text, 0, 300, torch.device("cpu"))
+    heard = "".join(map(chr, tokens[1:]))
+    assert int(tokens[0]) == 1 and not (tokens[1:] == 1).any()
+    for name, one in zip(TOLD, asked):
+        assert f"The secret number of {name} is" in heard[one.fact.start - 1 : one.fact.stop - 1]
+        assert not (torch.cat([one.question, one.answer]) == 1).any()
+
+
+def test_a_model_that_was_saved_patched_keeps_its_settings(tmp_path):
+    patch_model(tiny_llama(), [64], [1], memory={"heads": {0: [1]}}).save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    before = model.config.to_dict()
+    numbers = RecallTokens(torch.full((NAMES, NUMBERS), 7), torch.full((NAMES,), 9))
+    find_memory_heads(model, numbers, [TEXT], 1, length=300, progress=False)
+    assert model.config.to_dict() == before and "dilated_attention" in before
 
 
 def test_the_best_heads_are_told_by_layer():
@@ -108,7 +124,7 @@ def test_the_best_heads_are_told_by_layer():
     ({"num_heads": 0}, "`num_heads`"), ({"num_heads": 99}, "`num_heads` must be at most the"),
     ({"num_heads": True}, "`num_heads`"), ({"length": 255}, "`length`"),
     ({"length": 3000}, "each of `texts` must have at least"), ({"texts": TEXT}, "`texts` must be a list"),
-    ({"texts": []}, "`texts` must be a list"),
+    ({"texts": []}, "`texts` must be a list"), ({"texts": iter([TEXT])}, "`texts` must be a list"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(changes, message):
     model, *tables = recall_model(3)
