@@ -113,7 +113,7 @@ def test_rows_are_measured_once_and_apart_and_merged(base, tmp_path):
     assert json.loads((tmp_path / "merged.json").read_text()) == merged
     other = tmp_path / "other.json"
     other.write_text(json.dumps(merged | {"settings": merged["settings"] | {"max_steps": 4}}))
-    with pytest.raises(ValueError, match="max_steps"):
+    with pytest.raises(ValueError, match=r"other.json was measured with 'max_steps' 4, not"):
         adaptation.main(["--output", str(tmp_path / "merged.json"), "--merge", str(other)])
 
 

@@ -361,12 +361,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--direct-learning-rate", type=float, default=1e-4, help="of norms and embeddings")
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--adapters", type=Path, help="keep the adapter of each row in this folder, for --adapter of others"
-    )
-    parser.add_argument(
-        "--merge", nargs="+", type=Path, help="put these files' records into the output; measure nothing"
-    )
+    parser.add_argument("--adapters", type=Path, help="keep adapters of the rows that are measured in this folder")
+    parser.add_argument("--merge", nargs="+", type=Path, help="put these files' records into the output, measure none")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; .png and .md are written beside it")
     options = parse_scaled(parser, SCALES, arguments)
     if options.transfer_steps is None:
@@ -396,7 +392,7 @@ def merge(paths: list[Path], output: Path) -> dict:
     parts = [(path, json.loads(path.read_text())) for path in ([output] if output.exists() else []) + paths]
     settings, records = parts[0][1]["settings"], {}
     for path, part in parts:
-        settings = agree(path, settings, part["settings"])
+        settings = agree(path, part["settings"], settings)
         for record in part["records"]:
             records.setdefault(tuple(record[name] for name in ("seed", "text", "variant", "method")), record)
     result = {"settings": settings, "records": list(records.values())}
@@ -413,10 +409,8 @@ def run(options: argparse.Namespace) -> dict:
     settings = {name: getattr(options, name) for name in names}
     rows = options.rows or default_rows(options.variants)
     used = {row.rsplit(":", 1)[0] for row in rows}
-    settings |= {
-        "model": Path(options.model).name,
-        "variants": {name: VARIANTS[name] for name in VARIANTS if name in used},
-    }
+    forms = {name: form for name, form in VARIANTS.items() if name in used}
+    settings |= {"model": Path(options.model).name, "variants": forms}
     texts = {Path(text).name: text for text in options.text}
     wanted = [
         {"seed": seed, "text": text, "variant": row.rsplit(":", 1)[0], "method": row.rsplit(":", 1)[1]}
