@@ -9,7 +9,7 @@ from .dilation_schedule import DilationSchedule
 from .memory_calibration import make_basis
 from .memory_files import layer_memories, set_bases
 from .patch_attention import LAYER_MEMORY
-from .patch_probe import reading
+from .patch_probe import input_device, reading
 from .patching import is_patched
 from .transformers_compat import text_config_of, unwrap
 
@@ -38,7 +38,7 @@ def calibrate_memory(model: nn.Module, tokens: Sequence[int] | torch.Tensor) -> 
             "`model` must be patched with a memory that ranks in a few dimensions, for instance "
             "`patch_model(model, ..., memory={'dimensions': 16})`."
         )
-    tokens = torch.as_tensor(tokens, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+    tokens = torch.as_tensor(tokens, dtype=torch.long, device=input_device(base))
     if tokens.dim() != 1 or len(tokens) < schedule.memory.dimensions:
         raise ValueError(
             f"`tokens` must be integers [N] of at least {schedule.memory.dimensions} tokens, got {tuple(tokens.shape)}."

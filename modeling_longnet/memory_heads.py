@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .dilation_schedule import as_integer
 from .patch_attention import run_original
-from .patch_probe import tapped
+from .patch_probe import input_device, tapped
 from .patching import is_patched, patch_model, unpatch_model
 from .transformers_compat import LinearAttentionCacheLayerMixin, named_cache, text_config_of, unwrap
 
@@ -148,7 +148,7 @@ def score_heads(
     if not is_list or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`texts` must be a list of texts, got {texts!r:.100}.")
     model = unwrap(model)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     cases = [make_case(tokenizer, text, i, length, device) for i, text in enumerate(texts)]
     with _patched(model) as layers:
         listener = _Listener(layers)

@@ -118,17 +118,23 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens.
+
+    The weights of an offloaded one lie on "meta" between forwards; its hooks bring the input where it is needed.
+    """
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" and hasattr(model, "hf_device_map") else device
+
+
 def probe_attention(model: PreTrainedModel, **kwargs) -> Probe:
     """Which modules call the registered attention in a forward of two tokens; the model's state is left as it was.
 
     Raises:
         ValueError: a forward that a model cannot do with a patch's mask, or without what it wants beside tokens.
     """
-    embedding = model.get_input_embeddings().weight
-    # The weights of an offloaded model lie on "meta" between forwards; its hooks bring the input where it is needed.
-    offloaded = embedding.device.type == "meta" and hasattr(model, "hf_device_map")
     token = int(getattr(text_config_of(model.config), "pad_token_id", None) == 0)  # a padding row may be 0
-    input_ids = torch.full((1, 2), token, device="cpu" if offloaded else embedding.device)
+    input_ids = torch.full((1, 2), token, device=input_device(model))
     probe = Probe()
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     hooks = [module.register_forward_hook(lambda module, *_: probe.embeddings.add(module)) for module in embeddings]

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from test_memory_patch import NAMES, NUMBERS, TOLERANCE, logits, read, recall_model, tiny_llama, tokens
 from test_warnings_once import said  # noqa: F401  a fixture
 from tiny_families import make_tiny
@@ -13,6 +14,7 @@ from modeling_longnet import (
     DilatedCache,
     LongNetConfig,
     LongNetForCausalLM,
+    calibrate_memory,
     find_memory_heads,
     load_patched_model,
     make_model_card,
@@ -104,6 +106,19 @@ def test_what_a_tokenizer_sets_before_a_text_is_read_too():
     for name, one in zip(TOLD, asked):
         assert f"The secret number of {name} is" in heard[one.fact.start - 1 : one.fact.stop - 1]
         assert not (torch.cat([one.question, one.answer]) == 1).any()
+
+
+def test_heads_of_an_offloaded_model_are_those_of_the_model():
+    numbers = RecallTokens(torch.arange(NAMES * NUMBERS).view(NAMES, NUMBERS) % 60, torch.arange(NAMES))
+    model = tiny_llama()
+    expected = score_heads(model, numbers, [TEXT], length=300, progress=False)
+    calibrated = patch_model(tiny_llama(), [8], [1], memory={"dimensions": 3})
+    for offloaded in (model, calibrated):
+        offloaded.hf_device_map = {"": "cpu"}  # as `from_pretrained(device_map=...)` leaves it
+        cpu_offload(offloaded)
+        assert offloaded.get_input_embeddings().weight.device.type == "meta"
+    assert score_heads(model, numbers, [TEXT], length=300, progress=False) == expected
+    assert torch.isfinite(logits(calibrate_memory(calibrated, tokens(90)[0]), tokens(40))).all()
 
 
 def test_a_model_that_was_saved_patched_keeps_its_settings(tmp_path):
