@@ -92,6 +92,7 @@ def measure_missing(path: Path, settings: dict, wanted: list[dict], measure: Cal
     """
     result = json.loads(path.read_text()) if path.exists() else {"settings": {}, "records": []}
     settings = json.loads(json.dumps(settings))
+    check_settings(path, result["settings"], {name: x for name, x in settings.items() if name != "variants"})
     result["settings"] = agree(path, result["settings"], settings)
     records = result["records"]
     missing = [key for key in wanted if not any(key.items() <= record.items() for record in records)]
