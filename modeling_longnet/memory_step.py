@@ -12,22 +12,22 @@ from .memory_split import Store
 from .memory_store import Pair
 
 
-def _choose(ranking: Ranking, query, far_query, index, far_index, position, start) -> torch.Tensor:
-    """Blocks [B, G, h, K] of queries [B, H, 1, D] at `position` [B], whose windows begin at `start` [B]."""
-    memory = ranking.schedule.memory
-    settled, count = (int(x) // memory.block_size for x in start.aminmax())
+def _choose(ranking: Ranking, query, far_query, index, far_index, position, starts: list[int]) -> torch.Tensor:
+    """Blocks [B, G, h, K] of queries [B, H, 1, D] at `position` [B], whose windows begin at `starts`, B of them."""
+    memory, start = ranking.schedule.memory, ranking.schedule.local_start(position)
+    settled, count = (x // memory.block_size for x in (min(starts), max(starts)))
     ranks = rank_blocks(ranking, query, index, far_index, position[:, None, None, None], count, far_query)
     hide_ineligible(ranks, ranking.schedule, start[:, None, None, None], settled)
     return best_blocks(ranks[..., 0, :], memory.top_k)
 
 
-def _shared_tokens(ranking: Ranking, groups: int, position, start) -> tuple[torch.Tensor, torch.Tensor]:
+def _shared_tokens(ranking: Ranking, groups: int, position, span: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sinks and window of each row, [B, sinks + span], and which of them a key/value head sees, [B, G, sinks + span].
 
     The window reaches to a block's beginning for those that have a memory.
     """
     schedule, sinks = ranking.schedule, ranking.schedule.num_sink_tokens
-    span = int((position - start).max()) + 1
+    start = schedule.local_start(position)
     window = position[:, None] - torch.arange(span - 1, -1, -1, device=position.device)
     first = torch.arange(sinks, device=position.device).expand(len(position), sinks)
     begins = start[:, None].repeat(1, groups)
@@ -40,12 +40,13 @@ def _shared_tokens(ranking: Ranking, groups: int, position, start) -> tuple[torc
     return torch.cat([first, window.clamp(min=0)], dim=1), seen
 
 
-def _shared_parts(store: Store, tokens: torch.Tensor, groups: int, sinks: int) -> list[Pair]:
+def _shared_parts(
+    store: Store, tokens: torch.Tensor, groups: int, sinks: int, places: list[int], starts: list[int]
+) -> list[Pair]:
     """Keys and values [B, G, S, D] of tokens [B, sinks + span], sinks first, in parts. Those of rows that stand at one
     position lie side by side, and are not copied."""
-    first, last = int(tokens[0, sinks]), int(tokens[0, -1])
-    if sinks <= last and bool((tokens == tokens[:1]).all()):
-        return [store.span(slice(None), *places) for places in ((0, sinks), (first, last + 1))]
+    if len(set(places)) == 1 and sinks <= places[0]:
+        return [store.span(slice(None), *ends) for ends in ((0, sinks), (starts[0], places[0] + 1))]
     return [store.gather(tokens[:, None].expand(-1, groups, -1))]
 
 
@@ -90,13 +91,15 @@ def attend_step(
         position: of the queries, [B].
     """
     schedule, memory = ranking.schedule, ranking.schedule.memory
-    start, last, sinks = schedule.local_start(position), int(position.max()), schedule.num_sink_tokens
+    places, sinks = position.tolist(), schedule.num_sink_tokens  # once: a GPU is waited for
+    starts = [schedule.local_start(place) for place in places]
+    span = max(place - start for place, start in zip(places, starts)) + 1
     dtype = torch.promote_types(query.dtype, torch.float32)
-    clamps = memory.max_distance is not None and last > memory.max_distance
+    clamps = memory.max_distance is not None and max(places) > memory.max_distance
     rows = query.unflatten(1, (groups, -1))[..., 0, :].to(dtype)  # [B, G, h, D]
     far_query = ranking.far_query(query, position[:, None, None]) if clamps else None
-    tokens, seen = _shared_tokens(ranking, groups, position, start)
-    parts = _shared_parts(store, tokens, groups, sinks)
+    tokens, seen = _shared_tokens(ranking, groups, position, span)
+    parts = _shared_parts(store, tokens, groups, sinks, places, starts)
     scores = torch.cat([rows @ key.to(dtype).mT for key, _ in parts], dim=-1) * scale
     if clamps:
         far = (position > memory.max_distance)[:, None, None, None]
@@ -104,10 +107,10 @@ def attend_step(
         far_scores = far_rows @ parts[0][0][:, :, :sinks].to(dtype).mT * scale
         scores[..., :sinks] = torch.where(far, far_scores, scores[..., :sinks])
     scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
-    if int(start.max()) < memory.block_size or ranking.heads == ():
+    if max(starts) < memory.block_size or ranking.heads == ():
         return _weighted(scores.softmax(-1), parts).flatten(1, 2).unsqueeze(2).to(query.dtype)
     own_query, own_far = (None if x is None else ranking.own_queries(x, groups) for x in (query, far_query))
-    chosen = _choose(ranking, own_query, own_far, index, far_index if clamps else None, position, start)
+    chosen = _choose(ranking, own_query, own_far, index, far_index if clamps else None, position, starts)
     own, own_values = _read(ranking, ranking.own(rows), clamps, store.gather, chosen, position, scale)
     has_memory = slice(None) if ranking.heads is None else list(ranking.heads)
     read = scores.new_full((*scores.shape[:-1], own.shape[-1]), -torch.inf)
