@@ -52,7 +52,7 @@ def whole_blocks(x: torch.Tensor, row: int, group: int, size: int) -> torch.Tens
 
 class TensorStore:
     """Keys and values [B, G, room, D], on the device or in the CPU's memory, which is pinned if the device is a GPU.
-    The index of the blocks [B, g, room / b, 2 d] lies on the device. All of it has room for up to half as much more.
+    The index of the blocks [B, g, room / b, 2 d] lies on the device. All of it has room for up to a quarter more.
 
     Tokens that no query will read may be forgotten: `forgotten`, how many are, from position `sinks` on.
     """
@@ -83,7 +83,7 @@ class TensorStore:
         first = self._place(first)
         end, held = first + key.shape[2], self.keys.shape[2]
         if end > held:
-            room = -(-max(end, held * 3 // 2) // ROOM_STEP) * ROOM_STEP
+            room = -(-max(end, held * 5 // 4) // ROOM_STEP) * ROOM_STEP
             for name in ("keys", "values"):
                 grown = self._empty(room)
                 grown[:, :, :held] = getattr(self, name)
