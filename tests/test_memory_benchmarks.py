@@ -13,7 +13,7 @@ FORM = {"segment_lengths": [64], "dilation_rates": [1], "memory": {"heads": {0: 
 
 
 def test_the_map_of_heads_says_what_each_text_alone_would_choose(byte_model, tmp_path):  # noqa: F811
-    arguments = ["--model", str(byte_model), "--texts", "python-docs", "king-james", "--length", "300"]
+    arguments = ["--model", str(byte_model), "--texts", "python-docs", "python-source", "--length", "300"]
     result = memory_heads.main([*arguments, "--num-heads", "2", "--output", str(tmp_path / "x.json")])
     assert sum(len(heads) for heads in result["best"].values()) == 2
     assert set(result["of these chosen by one text alone"].values()) <= {0, 1, 2}

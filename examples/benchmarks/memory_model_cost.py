@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> dict:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype)).eval().to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
     longest = max(options.lengths, default=0)
-    text = tokenizer(load_text("king-james")[: 8 * longest], verbose=False, return_tensors="pt").input_ids[0]
+    text = tokenizer(load_text("python-docs")[: 8 * longest], verbose=False, return_tensors="pt").input_ids[0]
     torch.manual_seed(0)
     result = {
         "provenance": provenance(), "model": Path(path).name, "dtype": options.dtype, "store": options.store,
