@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from examples.finding import find_passkeys, in_words
 from examples.perplexity import perplexities, window_loss
 from examples.reporting import caption, new_figure, provenance, save_figure, write_json
 from examples.runs import end_script, last_complete_checkpoint, option, trackers
@@ -405,6 +406,10 @@ def main(arguments: list[str] | None = None) -> dict:
     results.measure(TUNED, model, held_out, lengths)
 
     save_and_check(model, tokenizer, held_out, options, training, data)
+    if options.demo and "finding" not in data:
+        del model
+        text = tokenizer.decode(held_out)
+        data["finding"] = find_passkeys(load_base(options, training), tokenizer, text, settings)
     data["seconds"] = time.time() - begin
     write_json(results.path, data)
     plot(data, output / PLOT_FILE)
@@ -417,6 +422,8 @@ def main(arguments: list[str] | None = None) -> dict:
 def report(data: dict, output: Path) -> None:
     training = data["training"][TUNED]
     print(f"\n{data['title']}: perplexity by context length\n\n{table(data['perplexity'])}\n")
+    if "finding" in data:
+        print(f"{in_words(data['finding'])}\n")
     print(
         f"LoRA: {training['steps']} steps of {training['tokens_per_step']:,} tokens, "
         f"{training['seconds_per_step']:.1f} s each, {training['trainable_parameters']:,} of "
