@@ -358,11 +358,13 @@ def test_figure_5_ends_where_memory_does(tmp_path, monkeypatch):
 def test_the_document_shows_the_tables_of_the_records():
     docs = Path(__file__).parents[1] / "docs"
     text, records = (docs / "evidence.md").read_text(), {}
-    for name in ("needles", "positions", "runtime", "adaptation", "adaptation_gpu", "adaptation_long"):
+    for name in ("needles", "needles_lora", "positions", "runtime", "adaptation", "adaptation_gpu", "adaptation_long"):
         written = (docs / f"results/evidence_{name}.md").read_text()
         assert written in text
         records[name] = json.loads((docs / f"results/evidence_{name}.json").read_text()), written
     found, written = records["needles"]
+    assert needles.table(found["records"]) == written
+    found, written = records["needles_lora"]
     assert needles.table(found["records"]) == written
     found, written = records["positions"]
     assert positions.table(found["summary"], found["costs"]) == written

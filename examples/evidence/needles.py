@@ -122,7 +122,7 @@ def draw(result: dict, path: Path) -> None:
                         axis.text(x, y, text, ha="center", va="center", fontsize=8)
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8, rotation=30)
             axis.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
-            axis.set_title(f"{task}: {form}", fontsize=9)
+            axis.set_title(f"{task}\n{form}", fontsize=9)
             axis.set_xlabel("tokens")
     figure.supylabel("depth of the needle", fontsize=9)
     figure.colorbar(image, ax=axes, label="share found", fraction=0.02)
