@@ -55,6 +55,7 @@ CODE = {
     "dilated_cache_layer.py",
     "dilated_cache_layout.py",
     # the memory: what a schedule may hold, the definition, the search, the ways to read, the cache that keeps it all
+    "memory_split.py",
     "memory_spec.py",
     "memory_reference.py",
     "memory_positions.py",
