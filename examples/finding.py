@@ -5,9 +5,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from examples.evidence.reading import ask, read
+from examples.evidence.reading import ask, patched, read
 from examples.evidence.ruler_tasks import DEPTHS, Tasks, score
-from modeling_longnet import find_memory_heads, patch_model, unpatch_model
+from modeling_longnet import find_memory_heads
 
 
 LENGTH, WINDOW = 2048, [1024]  # tokens of a text; the segment of a memory's window, less than half of the text
@@ -28,16 +28,13 @@ def find_passkeys(model: PreTrainedModel, tokenizer, text: str, settings: dict, 
     found = {}
     with tqdm(total=len(FORMS) * len(cases), desc="finding passkeys", unit="text") as bar:
         for form, patch in zip(FORMS, (None, settings, memory)):
-            if patch is not None:
-                patch_model(model, **patch)
             found[form] = []
-            for case in cases:
-                (question,) = case.questions
-                said = ask(model, read(model, case.text), question, tokenizer)
-                found[form].append(score(question, said))
-                bar.update()
-            if patch is not None:
-                unpatch_model(model)
+            with patched(model, patch):
+                for case in cases:
+                    (question,) = case.questions
+                    said = ask(model, read(model, case.text), question, tokenizer)
+                    found[form].append(score(question, said))
+                    bar.update()
     return {"tokens": length, "depths": list(DEPTHS), "heads": sum(map(len, heads.values())), "found": found}
 
 

@@ -44,9 +44,10 @@ class MemoryLayer(DilatedLayer):
         self.heads = heads or self.heads_of(groups)
         kind = key_states.dtype, key_states.device
         shape = Shape(batch, groups, width, *kind, memory.block_size, memory.num_heads)
-        own, split = memory.only_heads, memory.num_heads not in (None, 0, groups) and self.kind != "disk"
-        store = SplitStore(shape, own, self.kind == "device") if split else None
-        self.begin_with(store or make_store(self.kind, shape, self.folder, self.layer_idx))
+        if self.kind == "disk" or memory.num_heads in (None, 0, groups):
+            self.begin_with(make_store(self.kind, shape, self.folder, self.layer_idx))
+        else:
+            self.begin_with(SplitStore(shape, memory.only_heads, self.kind == "device"))
 
     def begin_with(self, store: Store) -> None:
         """Goes on with what a store holds."""

@@ -159,9 +159,16 @@ def score_heads(
     return {layer: (torch.stack(own).sum(0) / count).tolist() for layer, own in sorted(listener.shares.items())}
 
 
-def best_heads(scores: dict[int, list[float]], count: int) -> dict[int, list[int]]:
-    """The `count` heads of the highest scores, by layer."""
+def best_heads(scores: dict[int, list[float]], count: int | None = None) -> dict[int, list[int]]:
+    """The `count` heads of the highest scores, by layer; None for one in five.
+
+    Raises:
+        ValueError: there are not as many.
+    """
     ranked = sorted(((-x, layer, head) for layer, own in scores.items() for head, x in enumerate(own)))
+    count = -(-len(ranked) // 5) if count is None else count
+    if count > len(ranked):
+        raise ValueError(f"`num_heads` must be at most the {len(ranked)} key/value heads of the layers, got {count}.")
     best: dict[int, list[int]] = {}
     for _, layer, head in sorted(ranked[:count], key=lambda x: x[1:]):
         best.setdefault(layer, []).append(head)
@@ -194,11 +201,7 @@ def find_memory_heads(
     """
     if num_heads is not None and (as_integer(num_heads) is None or num_heads < 1):
         raise ValueError(f"`num_heads` must be None or an integer of at least 1, got {num_heads!r}.")
-    scores = score_heads(model, tokenizer, texts, length=length, progress=progress)
-    total = sum(len(own) for own in scores.values())
-    if num_heads is not None and num_heads > total:
-        raise ValueError(f"`num_heads` must be at most the {total} key/value heads of the layers, got {num_heads}.")
-    return best_heads(scores, -(-total // 5) if num_heads is None else num_heads)
+    return best_heads(score_heads(model, tokenizer, texts, length=length, progress=progress), num_heads)
 
 
 __all__ = ["best_heads", "find_memory_heads", "score_heads"]

@@ -55,7 +55,7 @@ def dense_at(model: PreTrainedModel, *positions: int, static: bool = False) -> C
     cache = StaticCache(config=config, max_cache_len=longest + 4096) if static else DynamicCache(config=config)
     shape = (2, len(positions), config.num_key_value_heads, longest, config.head_dim)
     for index in range(config.num_hidden_layers):
-        cache.update(*torch.randn(shape, dtype=model.dtype), index)
+        cache.update(*torch.randn(shape, dtype=model.dtype, device=model.device), index)
     return cache
 
 

@@ -66,12 +66,12 @@ def main(arguments: list[str] | None = None) -> dict:
         part = load_text(name)[options.begin :][: 12 * options.length]
         by_text[name] = score_heads(model, tokenizer, [part], length=options.length, progress=False)
     seconds, scores = time.process_time() - began, mean_of(list(by_text.values()))
-    count = options.num_heads or -(-sum(map(len, scores.values())) // 5)
-    best = best_heads(scores, count)
+    best = best_heads(scores, options.num_heads)
+    alone = {name: overlap(best, best_heads(own, options.num_heads)) for name, own in by_text.items()}
     result = {
         "provenance": provenance(), "model": Path(path).name, "texts": options.texts, "begin": options.begin,
         "length": options.length, "CPU seconds": seconds, "scores": scores, "best": best,
-        "of these chosen by one text alone": {name: overlap(best, best_heads(x, count)) for name, x in by_text.items()},
+        "of these chosen by one text alone": alone,
     }  # fmt: skip
     write_json(options.output, result)
     draw(result, options.output.with_suffix(".png"))

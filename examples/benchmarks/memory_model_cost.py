@@ -15,15 +15,17 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
 
-from examples.evidence.reading import VARIANTS, in_form
+from examples.benchmarks.benchmark_decoding import dense_at
+from examples.evidence.reading import VARIANTS, in_form, new_cache
 from examples.measuring import clock, measure
 from examples.reporting import new_figure, provenance, save_figure, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import DilatedCache
 from modeling_longnet.dilated_memory_layer import MemoryLayer
+from modeling_longnet.patching import is_patched
 from modeling_longnet.transformers_compat import named_cache
 
 
@@ -41,11 +43,8 @@ def random_keys(model: PreTrainedModel, length: int) -> torch.Tensor:
 
 def cache_behind(model: PreTrainedModel, length: int, store: str) -> Cache:
     """The cache of a model that has read so many tokens, but for what these were."""
-    if not hasattr(model.config, "dilated_attention"):
-        cache = DynamicCache(config=model.config)
-        for layer in range(model.config.num_hidden_layers):
-            cache.update(*random_keys(model, length), layer)
-        return cache
+    if not is_patched(model):
+        return dense_at(model, length)
     cache = DilatedCache(model.config, store=store)
     begin = 8
     model(torch.zeros(1, begin, dtype=torch.long, device=model.device), **named_cache(cache))
@@ -63,10 +62,7 @@ def cache_behind(model: PreTrainedModel, length: int, store: str) -> Cache:
 
 
 def read(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    cache = (
-        DilatedCache(model.config) if hasattr(model.config, "dilated_attention") else DynamicCache(config=model.config)
-    )
-    model(input_ids=tokens[None], use_cache=True, logits_to_keep=1, **named_cache(cache))
+    model(input_ids=tokens[None], use_cache=True, logits_to_keep=1, **named_cache(new_cache(model)))
 
 
 def decode(model: PreTrainedModel, cache: Cache, steps: int) -> list[float]:

@@ -1,7 +1,7 @@
 """What is compared, and how a text is read: the forms of attention, each over as many keys, and reading by chunks."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -49,15 +49,20 @@ def load_model(model: str | Path, adapter: str | Path | None = None, **kwargs) -
 
 
 @contextmanager
-def in_form(model: PreTrainedModel, name: str) -> Iterator[PreTrainedModel]:
-    """The model in one of the forms of VARIANTS, and then again as it was."""
-    if VARIANTS[name] is None:
+def patched(model: PreTrainedModel, arguments: dict | None) -> Iterator[PreTrainedModel]:
+    """The model with these arguments of `patch_model`, None for none, and then again as it was."""
+    if arguments is None:
         yield model
         return
     try:
-        yield patch_model(model, **VARIANTS[name])
+        yield patch_model(model, **arguments)
     finally:
         unpatch_model(model)
+
+
+def in_form(model: PreTrainedModel, name: str) -> AbstractContextManager[PreTrainedModel]:
+    """The model in one of the forms of VARIANTS, and then again as it was."""
+    return patched(model, VARIANTS[name])
 
 
 def new_cache(model: PreTrainedModel) -> Cache:
