@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.benchmarks import memory_study
@@ -373,3 +374,15 @@ def test_the_document_shows_the_tables_of_the_records():
     for name in ("adaptation", "adaptation_gpu", "adaptation_long"):
         found, written = records[name]
         assert adaptation.table(found["summary"], found["settings"]["lengths"]) == written
+
+
+@pytest.mark.parametrize("has_dense", [True, False])
+def test_without_dense_the_perplexity_itself_is_drawn(has_dense):
+    rows = [{"start": n, "end": 2 * n, "dense": {"perplexity": 9.0}, "a": {"perplexity": 10.0}} for n in (512, 1024)]
+    forms = ["dense", "a"] if has_dense else ["a"]
+    for row in rows if has_dense else ():
+        row["a"] |= {"ratio": 1.1, "low": 1.0, "high": 1.2}
+    axis = Figure().subplots()
+    positions.draw_quality(axis, rows, forms)
+    labels = axis.get_legend_handles_labels()[1]
+    assert (axis.get_ylabel() == "perplexity") != has_dense and ("dense" in labels) == has_dense

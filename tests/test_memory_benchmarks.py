@@ -39,3 +39,13 @@ def test_the_cost_of_a_model_is_told_by_form_and_length(byte_model, tmp_path, mo
     stored = [x.layers[0].stored() for x in caches if isinstance(x, DilatedCache)]
     assert len(stored) == 4 and all(x["keys"].shape[2] >= 208 for x in stored) and stored[-1]["forgotten"].max() > 250
     assert torch.isfinite(stored[-1]["keys"][:, :, :408]).all() and "index" in stored[-1]
+
+
+def test_a_part_that_was_not_measured_has_no_picture(tmp_path, monkeypatch):
+    shown, new_figure = [], memory_model_cost.new_figure
+    monkeypatch.setattr(memory_model_cost, "new_figure", lambda count: shown.append(count) or new_figure(count))
+    row = {"tokens": 2048, "seconds": {"dense": 1.0}}
+    origin = {"provenance": {"hardware": "a", "date": "b", "commit": "c"}}
+    for forward, decoding in (([row], [row]), ([], [row])):
+        memory_model_cost.draw(origin | {"forward": forward, "decoding": decoding}, tmp_path / "x.png")
+    assert shown == [2, 1]

@@ -111,19 +111,17 @@ def store_of(form: str, store: str) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """Time by length."""
-    figure, axes = new_figure(2)
-    for axis, part, factor, unit in (
-        (axes[0], "forward", 1, "a forward (s)"),
-        (axes[1], "decoding", 1000, "a token (ms)"),
-    ):
-        rows = result[part]
-        for name in rows[0]["seconds"] if rows else ():
-            axis.plot([r["tokens"] for r in rows], [r["seconds"][name] * factor for r in rows], marker="o", label=name)
+    parts = [(result["forward"], 1, "a forward (s)"), (result["decoding"], 1000, "a token (ms)")]
+    measured = [part for part in parts if part[0]]
+    figure, axes = new_figure(len(measured))
+    for axis, (rows, factor, unit) in zip(axes, measured):
+        tokens = [row["tokens"] for row in rows]
+        for name in rows[0]["seconds"]:
+            axis.plot(tokens, [row["seconds"][name] * factor for row in rows], marker="o", label=name)
         axis.set(xlabel="tokens", ylabel=unit, xscale="log", yscale="log")
-        if rows:
-            axis.set_xticks([r["tokens"] for r in rows], [f"{r['tokens'] // 1024}K" for r in rows])
-            axis.minorticks_off()
-            axis.legend(fontsize=8)
+        axis.set_xticks(tokens, [f"{x // 1024}K" for x in tokens])
+        axis.minorticks_off()
+        axis.legend(fontsize=8)
     save_figure(figure, path, result["provenance"])
 
 
@@ -165,7 +163,8 @@ def main(arguments: list[str] | None = None) -> dict:
         result["forward"].append({"tokens": length, "seconds": row})
         tqdm.write(str(result["forward"][-1]))
         write_json(options.output, result)
-    draw(result, options.output.with_suffix(".png"))
+    if result["forward"] or result["decoding"]:
+        draw(result, options.output.with_suffix(".png"))
     return result
 
 
