@@ -3,7 +3,7 @@
     python -m examples.ask_a_book --text my_book.txt --ask "Who is Marta?" "Where does she live?"
     python -m examples.ask_a_book --length 60000 --reach 4096
 
-The model is patched with a memory. What it reads goes into a folder (`MemoryBank`), once, however often it is asked. A
+The model is patched with a memory in the heads that it finds by (`--heads all`: in all of them). What it reads goes into a folder (`MemoryBank`), once, however often it is asked. A
 question is answered in three steps (`bank.ask`): the bank names the passages that the question is about, by the model's
 own attention; the model reads the question behind each of them, and the likeliest are read again in front of the
 question, the best one last. Without `--ask` facts are planted, and asked for. With `--passages 0` the question stands
@@ -25,13 +25,15 @@ from examples.measuring import peak_memory
 from examples.reporting import provenance, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
-from modeling_longnet import DilatedCache, MemoryBank, patch_model
+from modeling_longnet import DilatedCache, MemoryBank, find_memory_heads, patch_model
 from modeling_longnet.memory_heads import FACT
 from modeling_longnet.memory_passages import TEMPLATE
 from modeling_longnet.transformers_compat import named_cache
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
+WINDOWS = {"found": 3072, "all": 512}  # segment lengths; heads without a memory forget, and may see more
+STRETCHES, STRETCH = 3, 2048  # parts of the book by which the heads that find are told, and their tokens
 QUESTION = "What is the secret number of {name}?"
 BEHIND = TEMPLATE.removeprefix("{passages}")  # where the memory alone answers
 NAMES = "Alice Bruno Clara Dmitri Elena Farid Greta Hugo Ingrid Jonas Karin Leon Marta Nadia Oscar Paula".split()
@@ -45,6 +47,18 @@ def plant(book: list[int], encode, count: int, seed: int = 0) -> tuple[list[int]
     for i, (name, number) in enumerate(facts):
         text += book[i * step : (i + 1) * step] + encode(FACT.format(name=name, number=number))
     return text + book[count * step :], facts
+
+
+def patch(model: PreTrainedModel, tokenizer, book: list[int], heads: str) -> dict:
+    """Patches the model to read this book; its memory."""
+    memory = dict(MEMORY)
+    if heads == "found":
+        length = min(STRETCH, len(book) * 3 // 4)
+        starts = range(0, len(book), -(-len(book) // STRETCHES)) if len(book) > STRETCHES * 2 * STRETCH else [0]
+        stretches = [tokenizer.decode(book[start : start + 2 * STRETCH]) for start in starts]
+        memory["heads"] = find_memory_heads(model, tokenizer, stretches, length=length)
+    patch_model(model, segment_lengths=[WINDOWS[heads]], dilation_rates=[1], memory=memory)
+    return memory
 
 
 @torch.inference_mode()
@@ -81,6 +95,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="default: for facts that are planted in the text")
     parser.add_argument("--questions", type=int, default=10, choices=range(1, len(NAMES) + 1), metavar="N")
     parser.add_argument("--passages", type=int, default=2, help="to read again for a question; 0: ask the memory alone")
+    parser.add_argument("--heads", choices=WINDOWS, default="found", help="that have a memory")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--reach", type=int, help="tokens before a chunk to choose among while reading; default: all")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ask-a-book"), help="for the bank and the answers")
@@ -91,11 +106,12 @@ def main(arguments: list[str] | None = None) -> dict:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    patch_model(model, segment_lengths=[512], dilation_rates=[1], memory=MEMORY)
     book = encode(load_text(options.text)[: options.length * 8])[: options.length]
+    memory = patch(model, tokenizer, book, options.heads)
     text, facts = (book, []) if options.ask else plant(book, encode, options.questions)
     questions = options.ask or [QUESTION.format(name=name) for name, _ in facts]
-    name = f"{Path(options.text).stem}-{options.length}" + (f"-reach-{options.reach}" if options.reach else "")
+    name = f"{Path(options.text).stem}-{options.length}-{options.heads}"
+    name += f"-reach-{options.reach}" if options.reach else ""
     folder, began = options.output_dir / (name + ("-asked" if options.ask else "")), time.process_time()
     bank = MemoryBank.from_tokens(model, [text], folder, chunk_size=options.chunk_size, reach=options.reach)
     seconds, reading, answers = time.process_time() - began, peak_memory(), []
@@ -111,7 +127,7 @@ def main(arguments: list[str] | None = None) -> dict:
         tqdm.write(f"{question}   {answers[-1]['answer']!r}{verdict}")
     result = {
         "provenance": provenance(), "model": Path(path).name, "text": Path(options.text).name, "tokens": len(bank),
-        "seconds to read, in the last call": round(seconds, 1), "bytes on disk": size, "memory": MEMORY,
+        "seconds to read, in the last call": round(seconds, 1), "bytes on disk": size, "memory": memory,
         "reach": options.reach, "bytes in memory, reading": reading, "bytes in memory": peak_memory(),
         "passages": options.passages, "answers": answers,
     }  # fmt: skip
