@@ -49,6 +49,7 @@ def test_blocks_equal_the_definition(first_seed):
         heads = Heads(case.num_heads, case.num_kv_heads, first_head, total)
         stop = start + case.query_length
         plans = {plan: plan(schedule, heads, start, stop, case.length) for plan in (plan_blocks, plan_bands)}
+        plans["bands of a backward"] = plan_bands(schedule, heads, start, stop, case.length, backward=True)
         plans["bands of 3"] = [*iterate_blocks(schedule, heads, (start, stop), case.length, 3)]
         for plan, blocks in plans.items():
             got = counts_of(blocks, case.num_heads, case.query_length, case.length, start)
