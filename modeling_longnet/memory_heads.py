@@ -119,7 +119,8 @@ def _read(model: PreTrainedModel, tokens: torch.Tensor, asked: Sequence[Asked], 
     """Reads a text, and each question with its answer behind it."""
 
     def forward(part: torch.Tensor, cache: Cache | None = None) -> None:
-        model(input_ids=part[None], use_cache=cache is not None, **named_cache(cache))
+        # Without its head: nobody wants the scores of every word.
+        model.base_model(input_ids=part[None], use_cache=cache is not None, **named_cache(cache))
 
     listener.asked, cache = None, DynamicCache(config=model.config)
     # Jamba and Bamba go on from states by single tokens alone.
