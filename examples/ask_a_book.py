@@ -3,12 +3,13 @@
     python -m examples.ask_a_book --text my_book.txt --ask "Who is Marta?" "Where does she live?"
     python -m examples.ask_a_book --length 60000 --reach 4096
 
-The model is patched with a memory in the heads that it finds by (`--heads all`: in all of them). What it reads goes into a folder (`MemoryBank`), once, however often it is asked. A
-question is answered in three steps (`bank.ask`): the bank names the passages that the question is about, by the model's
-own attention; the model reads the question behind each of them, and the likeliest are read again in front of the
-question, the best one last. Without `--ask` facts are planted, and asked for. With `--passages 0` the question stands
-behind the whole text and the memory alone answers. With `--reach` a token costs the same to read however long the
-text is. Ctrl-C, or a crash, costs what was read since the last save; the same command goes on.
+The model is patched with a memory in the heads that it finds by (`--heads all`: in all of them). What it reads goes
+into a folder (`MemoryBank`), once, however often it is asked. A question is answered in three steps (`bank.ask`): the
+bank names the passages that the question is about, by the model's own attention; the model reads the question behind
+each of them, and the likeliest are read again in front of the question, the best one last. Without `--ask` facts are
+planted, and asked for. With `--passages 0` the question stands behind the whole text and the memory alone answers.
+With `--reach` a token costs the same to read however long the text is. Ctrl-C, or a crash, costs what was read since
+the last save; the same command goes on.
 """
 
 import argparse
@@ -26,14 +27,14 @@ from examples.reporting import provenance, write_json
 from examples.smollm2 import smollm2_135m
 from examples.texts import load_text
 from modeling_longnet import DilatedCache, MemoryBank, find_memory_heads, patch_model
-from modeling_longnet.memory_heads import FACT
+from modeling_longnet.memory_heads import FACT, LEAST
 from modeling_longnet.memory_passages import TEMPLATE
 from modeling_longnet.transformers_compat import named_cache
 
 
 MEMORY = {"block_size": 4, "top_k": 64}
-WINDOWS = {"found": 3072, "all": 512}  # segment lengths; heads without a memory forget, and may see more
-STRETCHES, STRETCH = 3, 2048  # parts of the book by which the heads that find are told, and their tokens
+WINDOWS = {"found": 3072, "all": 512}  # segment lengths, at most; heads without a memory forget, and may see more
+STRETCHES, STRETCH = 3, 2048  # parts of the book by which the heads that find are told, and their tokens at most
 QUESTION = "What is the secret number of {name}?"
 BEHIND = TEMPLATE.removeprefix("{passages}")  # where the memory alone answers
 NAMES = "Alice Bruno Clara Dmitri Elena Farid Greta Hugo Ingrid Jonas Karin Leon Marta Nadia Oscar Paula".split()
@@ -50,14 +51,18 @@ def plant(book: list[int], encode, count: int, seed: int = 0) -> tuple[list[int]
 
 
 def patch(model: PreTrainedModel, tokenizer, book: list[int], heads: str) -> dict:
-    """Patches the model to read this book; its memory."""
-    memory = dict(MEMORY)
+    """Patches the model to read this book; its memory. All heads have it where the book is too short to tell them."""
+    memory, native = dict(MEMORY), getattr(model.config, "max_position_embeddings", None) or 2 * WINDOWS["found"]
+    length = min(STRETCH, len(book) * 3 // 4, native // 2)
+    if heads == "found" and length < LEAST:
+        print("the text, or the model's context, is too short to tell the heads that find: all have a memory")
+        heads = "all"
     if heads == "found":
-        length = min(STRETCH, len(book) * 3 // 4)
         starts = range(0, len(book), -(-len(book) // STRETCHES)) if len(book) > STRETCHES * 2 * STRETCH else [0]
         stretches = [tokenizer.decode(book[start : start + 2 * STRETCH]) for start in starts]
         memory["heads"] = find_memory_heads(model, tokenizer, stretches, length=length)
-    patch_model(model, segment_lengths=[WINDOWS[heads]], dilation_rates=[1], memory=memory)
+    # Distances are clamped to half of the native context, and a window within it.
+    patch_model(model, segment_lengths=[min(WINDOWS[heads], native // 2)], dilation_rates=[1], memory=memory)
     return memory
 
 

@@ -15,7 +15,6 @@ import torch
 from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, plan_of, with_lse_gradient
 from .attention_kernels import (
     HAS_TRITON,
-    Kernel,
     as_autocast,
     choose_backend,
     get_kernel,

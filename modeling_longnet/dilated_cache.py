@@ -48,7 +48,7 @@ class DilatedCache(DynamicCache):
 
     bytes, at position 1,000 as at position 1,000,000,000. A token attends, on a CPU, to the slots that it sees alone;
     elsewhere all slots are one masked attention of static shapes, which compiles. A chunk of several tokens runs on
-    unmasked fused kernels. Rows of a batch may be padded on the left: each stands at its own position. A layer with a
+    fused kernels. Rows of a batch may be padded on the left: each stands at its own position. A layer with a
     memory is the exception: it keeps every token, since any may be asked for, and its memory grows with the text.
 
     Args:

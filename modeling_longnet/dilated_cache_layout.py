@@ -210,19 +210,21 @@ class SlotLayout:
         return slots.base + offset_class * slots.rows + positions % slots.w // slots.r
 
     def ring(self, origin: int) -> list[slice]:
-        """The slots of the window before position `origin`, in the order of its positions."""
-        if not self.schedule.window:
+        """The slots of the window that queries from position `origin` on have before it, in the order of its
+        positions."""
+        window, length, first = self.schedule.window, self.schedule.dense_start, self.schedule.num_sink_tokens
+        if not window:
             return []
-        length, first = self.schedule.dense_start, self.schedule.num_sink_tokens
-        end, slots = first + origin % length, [slice(first, first + origin % length)]
-        return slots if origin < length else [slice(end, first + length), *slots]
+        begin, end = (0 if origin < length else origin - window + 1) % length, origin % length
+        if begin <= end:
+            return [slice(first + begin, first + end)]
+        return [slice(first + begin, first + length), slice(first, first + end)]
 
     def locate(self, block: Block, origin: int, column: int, device: torch.device) -> Rows | torch.Tensor:
         """Where a block's keys lie in a buffer whose first rows are the slots (for positions before `origin`), and
         which has position `origin` in row `column` and the later ones behind it; the slots of `ring` before it."""
         keys = block.region.keys
-        in_window = block.pattern == 0 and self.schedule.window
-        if keys.start >= origin - (self.schedule.dense_start if in_window else 0):
+        if keys.start >= origin or block.pattern == 0 and self.schedule.window:
             return keys.shift(column - origin)
         if block.repeats == 1 and keys.start + keys.step * (keys.count - 1) < origin:
             return self._rows(block)[0]

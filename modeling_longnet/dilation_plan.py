@@ -133,14 +133,14 @@ def _window_regions(start: int, window: int, queries: tuple[int, int], first_key
 def band_rows(window: int, per_group: int, backward: bool = False) -> int:
     """Queries of a band of W = `window` that `per_group` query heads share, 0 where triangles are faster.
 
-    Few queries see few keys in vain, many fill a kernel and have few gradients to add. Measured on a CPU: forward and
-    backward together, with as many, take 0.79 of the time of two triangles (or one square band, W up to 256) where
-    three heads share W = 256, 0.68 at 512, 0.88 at 1,024; for each head alone 0.88 at 512, and above 1 at 1,024. A
-    forward alone, with 64 queries, takes 0.65 where three heads share W = 256, 0.77 at 768, 0.88 at 1,536, 0.99 at
-    3,072; for each head alone 0.63 at 512, 0.99 at 1,536.
+    Few queries see few keys in vain, many fill a kernel and have few gradients to add. Measured on a CPU, in float32:
+    forward and backward together, with as many, take 0.79 of the time of two triangles (or one square band, W up to
+    256) where three heads share W = 256, 0.68 at 512, 0.88 at 1,024; for each head alone 0.88 at 512, and above 1 at
+    1,024. A forward, with 64 queries, takes 0.65 where three heads share W = 256, 0.77 at 768, 0.88 at 1,536 (in
+    bfloat16 0.98), 0.99 at 3,072; for each head alone 0.63 at 512, at 1,536 0.85 to 0.99 (in bfloat16 1.53).
     """
     if not backward:
-        return min(window, 64)
+        return min(window, 64) if window <= (512 if per_group == 1 else 2048) else 0
     if per_group == 1:
         return min(window, 256) if window <= 512 else 0
     return min(window, max(64, min(256, window // 4)))

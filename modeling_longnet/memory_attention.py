@@ -19,7 +19,7 @@ from .attention_blocks import (
     plan_of,
 )
 from .attention_kernels import get_kernel, own_precision
-from .dilation_plan import SINKS, Block
+from .dilation_plan import SINKS
 from .dilation_schedule import DilationSchedule, Heads
 from .memory_fetching import StoredKeys
 from .memory_pieces import PieceAttention, Stretch
@@ -63,8 +63,8 @@ class MemoryCall:
         return torch.arange(self.start, self.start + query_length, device=device)
 
     def shown(self, query: torch.Tensor, length: int, backward: bool = False) -> PlannedAttention:
-        """The attention to the schedule's part of N = `length` keys, by the same blocks whatever holds the keys: every
-        store gives the bits of the device. Sinks are read apart where their distance is clamped."""
+        """The attention to the schedule's part of N = `length` keys, by the same blocks whatever holds them. Sinks are
+        read apart where their distance is clamped."""
         kernel, stop = get_kernel(self.backend, query), self.start + query.shape[2]
         blocks = plan_of(kernel, self.schedule, self.heads, self.start, stop, length, backward=backward)
         if self.clamps(query.shape[2]):
@@ -156,43 +156,52 @@ def _slots(reads: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.where(reads >= 0, slots, NO_BLOCK), numbers
 
 
-def _attend_sinks(call, query, key, value, out, lse) -> None:
+def _sink_tiles(call: MemoryCall, *tensors: torch.Tensor) -> Iterator[tuple]:
+    """Queries tile by tile: the call of each, and its rows of tensors [B, H, Q, ...]."""
+    for begin in range(0, tensors[0].shape[2], SINK_TILE):
+        yield replace(call, start=call.start + begin), *(x[:, :, begin : begin + SINK_TILE] for x in tensors)
+
+
+def _attend_sinks(call: MemoryCall, query, key, value, out, lse) -> None:
     """Merges the sink tokens, of which those of queries beyond the clamped distance are read at that distance."""
-    for begin in range(0, query.shape[2], SINK_TILE):
-        q, o, s = (x[:, :, begin : begin + SINK_TILE] for x in (query, out, lse))
-        scores, _, values = _sink_scores(replace(call, start=call.start + begin), q, key, value)
-        merge_attentions((o, lambda joint: (scores - joint[..., None]).exp_() @ values), (s, scores.logsumexp(-1)))
+    for tile, q, o, s in _sink_tiles(call, query, out, lse):
+        scores, _, _, values = _sink_scores(tile, q, key, value)
+        own_lse = scores.logsumexp(-1)
+        merge_attentions((o, (scores - own_lse[..., None]).exp_() @ values), (s, own_lse))
 
 
 def _sink_query(call: MemoryCall, query: torch.Tensor) -> torch.Tensor:
     near = call.schedule.memory.max_distance + 1 - call.start  # queries that are not beyond it
+    if near >= query.shape[2]:
+        return query
     if near <= 0:
         return call.far_query(query)
     far = replace(call, start=call.start + near).far_query(query[:, :, near:])
     return torch.cat([query[:, :, :near].to(far.dtype), far], dim=2)
 
 
-def _sink_scores(call, query, key, value) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [B, H, Q, S] of the S sink tokens, their keys and values [B, H, S, D]."""
+def _sink_scores(call: MemoryCall, query, key, value) -> tuple[torch.Tensor, ...]:
+    """Logits [B, H, Q, S] of the S sink tokens, the queries that look at them, their keys and values [B, H, S, D]."""
     sinks, dtype = min(call.schedule.num_sink_tokens, key.shape[2]), torch.promote_types(query.dtype, torch.float32)
     key, value = (
         x[:, :, :sinks].repeat_interleave(call.heads.per_group, 1).to(dtype) for x in (key, value)
     )
-    scores = _sink_query(call, query).to(dtype) @ key.mT * call.scale
+    query = _sink_query(call, query).to(dtype)
     hidden = torch.arange(sinks, device=query.device) > call.positions(query.shape[2], query.device)[:, None]
-    return scores.masked_fill(hidden, -torch.inf), key, value
+    return (query @ key.mT * call.scale).masked_fill(hidden, -torch.inf), query, key, value
 
 
-def _sink_gradients(call, grad, query, key, value, out, lse, grads) -> None:
-    scores, keys, values = _sink_scores(call, query, key, value)
-    weights = (scores - lse[..., None]).exp_()
-    grad = grad.to(weights.dtype)
-    scores = weights * (grad @ values.mT - (grad * out.to(weights.dtype)).sum(-1, keepdim=True)) * call.scale
-    distance = call.schedule.memory.max_distance - call.positions(query.shape[2], query.device)
-    grads[0].add_(rotate(scores @ keys, -distance.clamp(max=0).expand(query.shape[:3]), call.inv_freq))
-    groups, sinks = (call.heads.num_kv_heads, -1), keys.shape[2]
-    grads[1][:, :, :sinks] += (scores.mT @ _sink_query(call, query).to(weights.dtype)).unflatten(1, groups).sum(2)
-    grads[2][:, :, :sinks] += (weights.mT @ grad).unflatten(1, groups).sum(2)
+def _sink_gradients(call: MemoryCall, grad, query, key, value, out, lse, grads) -> None:
+    groups = call.heads.num_kv_heads, -1
+    for tile, g, q, o, s, query_grad in _sink_tiles(call, grad, query, out, lse, grads[0]):
+        scores, rows, keys, values = _sink_scores(tile, q, key, value)
+        weights = (scores - s[..., None]).exp_()
+        g, sinks = g.to(weights.dtype), keys.shape[2]
+        scores = weights * (g @ values.mT - (g * o.to(weights.dtype)).sum(-1, keepdim=True)) * call.scale
+        distance = (call.schedule.memory.max_distance - tile.positions(q.shape[2], q.device)).clamp(max=0)
+        query_grad.add_(rotate(scores @ keys, -distance.expand(q.shape[:3]), call.inv_freq))
+        grads[1][:, :, :sinks] += (scores.mT @ rows).unflatten(1, groups).sum(2)
+        grads[2][:, :, :sinks] += (weights.mT @ g).unflatten(1, groups).sum(2)
 
 
 def _merge_part(part: RowAttention | PieceAttention, out: torch.Tensor, lse: torch.Tensor) -> None:

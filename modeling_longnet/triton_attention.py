@@ -217,7 +217,7 @@ class TritonCall:
     def __init__(self, query, key, value, document_ids, query_offset, schedule, heads: Heads, scale):
         if key.shape[2] > MAX_TOKENS:
             raise ValueError(f"`backend='triton'` takes up to {MAX_TOKENS} tokens, got {key.shape[2]}.")
-        self.query, self.key, self.value = (_in_rows(x) for x in (query, key, value))
+        self.query, self.key, self.value = (in_rows(x) for x in (query, key, value))
         self.schedule, self.heads, self.scale = schedule, heads, scale
         self.rows = Rows(query, key, document_ids, query_offset)
         self.width = query.shape[-1]
@@ -264,8 +264,9 @@ class TritonCall:
         return max(len({heads.offset(self.schedule, rate, j) for j in group}) for group in groups)
 
 
-def _in_rows(x: torch.Tensor) -> torch.Tensor:
-    """The kernels want each row's channels next to each other; the rows may lie at any distance."""
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """Kernels want each row's channels next to each other (that of CPUs would read others' memory without a word); the
+    rows may lie at any distance."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -304,7 +305,7 @@ def triton_backward(call: TritonCall, grad, out, lse) -> tuple[torch.Tensor, tor
     """Gradients of query, key and value, in their dtype; out and lse are those of the forward."""
     from .triton_kernels import query_grad_kernel, row_sums_kernel
 
-    grad, out = _in_rows(grad), _in_rows(out)
+    grad, out = in_rows(grad), in_rows(out)
     sums = torch.empty_like(lse)
     tiles = call.tiles("row_sums")
     blocks = -(-call.common["queries"] // tiles.BM)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.ask_a_book import ask, plant
+from examples.ask_a_book import ask, patch, plant
 from modeling_longnet import MemoryBank, patch_model
 
 
@@ -13,6 +13,30 @@ def test_facts_are_spread_over_the_text():
     assert [x for x in text if x >= 1000] == list(range(1000, 1100))
     assert [x for x in text if x < 10] == [int(c) for _, number in facts for c in number]
     assert len({name for name, _ in facts}) == 4
+
+
+class Letters:
+    """A token for each letter."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) % 61 for letter in text]}
+
+    def decode(self, ids):
+        return "".join(chr(i + 61) for i in ids)
+
+
+@pytest.mark.parametrize("native, length, is_short", [(8192, 1500, 0), (1024, 1500, 0), (8192, 300, 1), (300, 1500, 1)])
+def test_a_short_book_or_context_is_read_too(native, length, is_short, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=native,
+    )  # fmt: skip
+    model, book = LlamaForCausalLM(config).eval(), torch.randint(0, 61, (length,)).tolist()
+    memory = patch(model, Letters(), book, "found")
+    assert ("heads" not in memory) == is_short == ("too short" in capsys.readouterr().out)
+    bank = MemoryBank.from_tokens(model, [book], tmp_path, chunk_size=256, progress=False)
+    assert len(bank) == length and len(ask(model, bank.start_cache(model), [1, 2, 3], 2)) == 2
 
 
 @pytest.mark.parametrize("chunk_size", [16, 50])

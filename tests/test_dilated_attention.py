@@ -60,6 +60,19 @@ def test_a_window_in_bands_equals_the_reference(num_kv_heads):
     assert_close(got, wanted, 1e-5, "float32")
 
 
+@pytest.mark.parametrize("local", ["segment", "sliding"])
+@pytest.mark.parametrize("turned", [[0], [1], [2], [3], [0, 1, 2, 3]], ids=str)
+def test_channels_that_lie_apart_are_read_as_if_they_did_not(local, turned):
+    """PyTorch's kernel on CPUs would read beside them. Queries one by one, in triangles and in bands."""
+    for length, query_length in ((90, 90), (90, 1), (300, 290)):
+        options = {"local": local, "overlap": "once", "num_sink_tokens": 1, "query_offset": length - query_length}
+        case = Case([40, 120], [1, 3], 2, 4, 2, length, query_length, 8, options)
+        *tensors, grad = case.tensors()
+        wanted = evaluate(dilated_attention_reference, case, tensors, grad)
+        *tensors, grad = (x.mT.contiguous().mT if i in turned else x for i, x in enumerate((*tensors, grad)))
+        assert_close(evaluate(dilated_attention, case, tensors, grad), wanted, 1e-10, (length, query_length))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_as_good_as_the_naive_path(dtype):
     """Errors against float64 of rounded inputs, summed over cases: at most twice those of the definition itself."""
