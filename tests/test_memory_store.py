@@ -13,6 +13,7 @@ from test_memory_patch import TOLERANCE, logits, read, recall_cases, recall_mode
 
 from modeling_longnet import DilatedCache, patch_model
 from modeling_longnet.dilated_cache_file import load_cache, save_cache
+from modeling_longnet.dilated_memory_layer import MemoryLayer
 from modeling_longnet.memory_files import BASIS_NAME, write_bases
 from modeling_longnet.memory_pages import STATE_NAME, StoreFolder
 from modeling_longnet.memory_store import RowFiles, Shape, TensorStore
@@ -55,6 +56,10 @@ def test_every_store_gives_the_bits_of_the_device(model, make_cache, kind, batch
     places = cache.memory_by_place()
     assert sum(places.values()) == cache.memory_footprint()
     assert places[{"cpu": "cpu", "fetched": "cpu", "disk": "disk"}[kind]] >= 131 * batch * 2 * 2 * 8 * 4
+    if kind == "cpu":  # of layers with a memory the device holds the index of the blocks and nothing else
+        layers = [layer for layer in cache.dilated_layers if isinstance(layer, MemoryLayer)]
+        index = [x.nbytes for layer in layers for n in ("index", "far") for x in layer.store.ranked(n, slice(None))]
+        assert sum(index) == sum(layer.bytes()["device"] for layer in layers) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
