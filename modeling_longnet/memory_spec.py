@@ -16,8 +16,9 @@ so that queries see each key once, all of them if there are no more than top_k b
 depends on how a text was cut into calls. Nothing here has weights, and the choice has no gradient.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 
 
 RANKS = ("mean+bound", "mean", "bound")
@@ -32,9 +33,13 @@ def _check_count(name: str, value: object, optional: bool = False) -> None:
 
 
 def _is_indices(value: object, least: int = 1) -> bool:
-    """Whether it is a list of at least so many indices."""
+    """Whether it is a list of at least so many indices, those of NumPy too."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) >= least
-    return is_list and not any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value)
+    return is_list and not any(isinstance(i, bool) or not isinstance(i, Integral) or i < 0 for i in value)
+
+
+def _sorted(indices: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({int(i) for i in indices}))
 
 
 def _heads_by_layer(heads: object) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -50,7 +55,7 @@ def _heads_by_layer(heads: object) -> tuple[tuple[int, tuple[int, ...]], ...]:
             f"`memory`: `heads` must be None or lists of key/value heads by layer, such as {{7: [2], 18: [0, 2]}}, got "
             f"{heads!r}."
         )
-    return tuple(sorted((layer, tuple(sorted(set(own)))) for layer, own in found.items()))
+    return tuple(sorted((int(layer), _sorted(own)) for layer, own in found.items()))
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class MemorySpec:
         if self.layers is not None:
             if not _is_indices(self.layers):
                 raise ValueError(f"`memory`: `layers` must be None or a list of layer indices, got {self.layers!r}.")
-            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+            object.__setattr__(self, "layers", _sorted(self.layers))
         if self.heads is not None:
             if self.layers is not None:
                 raise ValueError("`memory`: `layers` and `heads` both tell which layers have a memory, got both.")

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -155,6 +156,15 @@ def test_wrong_arguments_are_refused(changes, message):
 def test_heads_that_are_none_are_refused(heads):
     with pytest.raises(ValueError, match="`heads` must be None or lists"):
         MemorySpec(heads=heads)
+
+
+def test_heads_that_numpy_chose_are_heads(tmp_path):
+    model = tiny_llama()
+    chosen = {np.int64(1): list(np.argsort([0.5, 0.25])[:1])}
+    patch_model(model, [8], [1], memory={"heads": chosen, "block_size": 4, "top_k": 2})
+    model.save_pretrained(tmp_path)
+    told = load_patched_model(tmp_path).config.dilated_attention["memory"]["heads"]
+    assert told == {"1": [1]}
 
 
 def test_heads_that_a_model_does_not_have_are_refused():
