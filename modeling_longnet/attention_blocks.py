@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_kernels import Kernel, choose_backend, get_kernel, own_precision, refuse_tangents
-from .dilation_plan import Block, Rows, plan_blocks
+from .dilation_plan import Block, Rows, plan_bands, plan_blocks
 from .dilation_schedule import DilationSchedule, Heads
 
 
@@ -214,6 +214,13 @@ class PlannedAttention:
             keys.close_grad(block, *key_grads)
 
 
+def plan_of(kernel: type[Kernel], *arguments, backward: bool = False) -> tuple[Block, ...]:
+    """`plan_bands` for a kernel that takes bands, else `plan_blocks`, of these arguments."""
+    if hasattr(kernel, "forward_band"):
+        return plan_bands(*arguments, backward=backward)
+    return plan_blocks(*arguments)
+
+
 def empty_accumulator(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [B, H, Q, D] and lse [B, H, Q] of no key at all, in float32 at least: what attentions are merged into."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -329,6 +336,26 @@ def attend_blocks_eager(
     return out.to(query.dtype), total.log() + maximum
 
 
+@dataclass(frozen=True)
+class _Visible:
+    """The way of `BlockAttention` through the plans of a forward and of a backward."""
+
+    kernel: type[Kernel]
+    plan: tuple[DilationSchedule, Heads, int, int, int]
+    scale: float
+    locate: Locate
+
+    def _planned(self, backward: bool) -> PlannedAttention:
+        blocks = plan_of(self.kernel, *self.plan, backward=backward)
+        return PlannedAttention(self.kernel, blocks, self.plan[2], self.scale, self.locate)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[()]:
+        return self._planned(backward=False).forward(*tensors)
+
+    def backward(self, *tensors) -> None:
+        self._planned(backward=True).backward(*tensors)
+
+
 def attend_visible(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -360,9 +387,10 @@ def attend_visible(
     backend = choose_backend(backend, query, 0.0)
     stop = query_start + query.shape[2]
     length = stop if schedule.is_causal else length
-    blocks = plan_blocks(schedule, heads or Heads.of(query, key), query_start, stop, length)
+    plan = schedule, heads or Heads.of(query, key), query_start, stop, length
     if backend == "eager":
-        return attend_blocks_eager(PlannedAttention(None, blocks, query_start, scale, locate), query, key, value)[0]
+        way = PlannedAttention(None, plan_blocks(*plan), query_start, scale, locate)
+        return attend_blocks_eager(way, query, key, value)[0]
     refuse_tangents(backend, query, key, value)
-    way = PlannedAttention(get_kernel(backend, query), blocks, query_start, scale, locate)
+    way = _Visible(get_kernel(backend, query), plan, scale, locate)
     return BlockAttention.apply(way, query, key, value)[0]

@@ -8,10 +8,11 @@ import math
 import numbers
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, with_lse_gradient
+from .attention_blocks import PlannedAttention, attend_blocks_eager, connected_zeros, plan_of, with_lse_gradient
 from .attention_kernels import (
     HAS_TRITON,
     Kernel,
@@ -21,7 +22,7 @@ from .attention_kernels import (
     refuse_tangents,
 )
 from .attention_token import Piece, attend_piece, attend_token, only_piece, plan_token
-from .dilation_plan import plan_bands, plan_blocks
+from .dilation_plan import plan_blocks
 from .dilation_schedule import LARGEST, DilationSchedule, Heads, as_integer
 from .document_ids import document_positions
 from .memory_attention import attend_documents
@@ -71,11 +72,6 @@ def _empty_out(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, query.new_empty(batch, num_heads, length, dtype=lse_dtype)
 
 
-def plan_of(kernel: type[Kernel]) -> Callable:
-    """`plan_bands` for a kernel that takes bands, else `plan_blocks`."""
-    return plan_bands if hasattr(kernel, "forward_band") else plan_blocks
-
-
 def _run(kernel, pieces, query, key, value, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `_pieces`, whose plan is one of blocks or, for a single query, the parts of a token's attention."""
     out, lse = _empty_out(query)
@@ -108,7 +104,7 @@ def _forward(query, key, value, document_ids, offset_tensor, query_offset, heads
         triton_forward(TritonCall(query, key, value, document_ids, query_offset, schedule, heads, scale), out, lse)
         return out, lse
     kernel = get_kernel(backend, query)
-    plan = plan_token if query.shape[2] == 1 and schedule.padding == "mask" else plan_of(kernel)
+    plan = plan_token if query.shape[2] == 1 and schedule.padding == "mask" else partial(plan_of, kernel)
     pieces = _pieces(query, key, document_ids, query_offset, schedule, heads, plan)
     return _run(kernel, pieces, query, key, value, scale)
 
@@ -150,7 +146,7 @@ def _backward(
         return triton_backward(call, grad, out, lse)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
     kernel = get_kernel(backend, query)
-    pieces = _pieces(query, key, document_ids, query_offset, schedule, heads, plan_of(kernel))
+    pieces = _pieces(query, key, document_ids, query_offset, schedule, heads, partial(plan_of, kernel, backward=True))
     for rows, q, k, start, blocks in pieces:
         own_grad, own_query, own_out, own_lse, query_grad = (x[rows, :, q] for x in (grad, query, out, lse, grads[0]))
         own_key, own_value, *key_grads = (x[rows, :, k] for x in (key, value, *grads[1:]))

@@ -96,12 +96,14 @@ def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     if origin == 0:
         return scheduled_attention(query, key, value, layout.schedule, **settings)
     start = origin + key.shape[2] - query.shape[2]
-    shift = _same_phase(layout.schedule, origin)
+    shift, ring = _same_phase(layout.schedule, origin), layout.ring(origin)
+
+    buffer = [torch.cat([x, *(x[:, :, own] for own in ring), new], dim=2) for x, new in zip(slots, (key, value))]
+    column = buffer[0].shape[2] - key.shape[2]
 
     def locate(block):
-        return layout.locate(block, origin - shift, layout.allocated, query.device)
+        return layout.locate(block, origin - shift, column, query.device)
 
-    buffer = (torch.cat(pair, dim=2) for pair in zip(slots, (key, value)))
     return attend_visible(
         query, *buffer, layout.schedule, locate,
         query_start=start - shift, length=start - shift + query.shape[2], **settings,

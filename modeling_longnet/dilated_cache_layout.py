@@ -209,14 +209,22 @@ class SlotLayout:
         offset_class = self._class(block.pattern, block.heads.start, slots.classes)
         return slots.base + offset_class * slots.rows + positions % slots.w // slots.r
 
+    def ring(self, origin: int) -> list[slice]:
+        """The slots of the window before position `origin`, in the order of its positions."""
+        if not self.schedule.window:
+            return []
+        length, first = self.schedule.dense_start, self.schedule.num_sink_tokens
+        end, slots = first + origin % length, [slice(first, first + origin % length)]
+        return slots if origin < length else [slice(end, first + length), *slots]
+
     def locate(self, block: Block, origin: int, column: int, device: torch.device) -> Rows | torch.Tensor:
         """Where a block's keys lie in a buffer whose first rows are the slots (for positions before `origin`), and
-        which has position `origin` in row `column` and the later ones behind it."""
+        which has position `origin` in row `column` and the later ones behind it; the slots of `ring` before it."""
         keys = block.region.keys
-        if keys.start >= origin:
+        in_window = block.pattern == 0 and self.schedule.window
+        if keys.start >= origin - (self.schedule.dense_start if in_window else 0):
             return keys.shift(column - origin)
-        rotates = block.pattern == 0 and self.schedule.window
-        if block.repeats == 1 and not rotates and keys.start + keys.step * (keys.count - 1) < origin:
+        if block.repeats == 1 and keys.start + keys.step * (keys.count - 1) < origin:
             return self._rows(block)[0]
         positions = block_positions(keys, block, device)
         return torch.where(positions < origin, self._slot(block, positions), positions - origin + column)

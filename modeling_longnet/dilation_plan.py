@@ -130,13 +130,17 @@ def _window_regions(start: int, window: int, queries: tuple[int, int], first_key
             yield Region("full", Rows(a, 1, skipped), Rows(lowest, 1, size))
 
 
-def band_rows(window: int, per_group: int) -> int:
+def band_rows(window: int, per_group: int, backward: bool = False) -> int:
     """Queries of a band of W = `window` that `per_group` query heads share, 0 where triangles are faster.
 
     Few queries see few keys in vain, many fill a kernel and have few gradients to add. Measured on a CPU: forward and
-    backward together take 0.79 of the time of two triangles (or one square band, W up to 256) where three heads share
-    W = 256, 0.68 at 512, 0.88 at 1,024; for each head alone 0.88 at 512, and above 1 at 1,024.
+    backward together, with as many, take 0.79 of the time of two triangles (or one square band, W up to 256) where
+    three heads share W = 256, 0.68 at 512, 0.88 at 1,024; for each head alone 0.88 at 512, and above 1 at 1,024. A
+    forward alone, with 64 queries, takes 0.65 where three heads share W = 256, 0.77 at 768, 0.88 at 1,536, 0.99 at
+    3,072; for each head alone 0.63 at 512, 0.99 at 1,536.
     """
+    if not backward:
+        return min(window, 64)
     if per_group == 1:
         return min(window, 256) if window <= 512 else 0
     return min(window, max(64, min(256, window // 4)))
@@ -358,9 +362,10 @@ def plan_blocks(
 
 @lru_cache(maxsize=512)
 def plan_bands(
-    schedule: DilationSchedule, heads: Heads, query_start: int, query_stop: int, length: int
+    schedule: DilationSchedule, heads: Heads, query_start: int, query_stop: int, length: int, backward: bool = False
 ) -> tuple[Block, ...]:
-    """`plan_blocks` with a sliding window as bands of all heads, for kernels that take a mask."""
+    """`plan_blocks` with a sliding window as bands of all heads, for kernels that take a mask. What a forward leaves
+    does not tell its plan, so that a backward may have another."""
     has_bands = schedule.window and query_stop - query_start > 1
-    rows = band_rows(schedule.window, heads.per_group) if has_bands else 0
+    rows = band_rows(schedule.window, heads.per_group, backward) if has_bands else 0
     return tuple(iterate_blocks(schedule, heads, (query_start, query_stop), length, rows))

@@ -6,13 +6,20 @@ tokens, N key tokens, K reads of a query, n blocks of b tokens, D head dimension
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .attention_blocks import BlockAttention, PlannedAttention, connected_zeros, empty_accumulator, merge_attentions
+from .attention_blocks import (
+    BlockAttention,
+    PlannedAttention,
+    connected_zeros,
+    empty_accumulator,
+    merge_attentions,
+    plan_of,
+)
 from .attention_kernels import get_kernel, own_precision
-from .dilation_plan import SINKS, Block, plan_blocks
+from .dilation_plan import SINKS, Block
 from .dilation_schedule import DilationSchedule, Heads
 from .memory_fetching import StoredKeys
 from .memory_pieces import PieceAttention, Stretch
@@ -25,6 +32,7 @@ from .memory_store import whole_blocks
 
 
 FETCHED = 2**18  # tokens that one stretch of queries may have fetched for it
+SINK_TILE = 1024  # queries that look at the sink tokens in one go, and stay near the core
 
 
 @dataclass(frozen=True)
@@ -54,15 +62,14 @@ class MemoryCall:
         """Of the queries, [Q]."""
         return torch.arange(self.start, self.start + query_length, device=device)
 
-    def blocks(self, query_length: int, length: int) -> tuple[Block, ...]:
-        """The schedule's part of N = `length` keys; sinks are read apart where their distance is clamped."""
-        blocks = plan_blocks(self.schedule, self.heads, self.start, self.start + query_length, length)
-        return tuple(x for x in blocks if x.pattern != SINKS) if self.clamps(query_length) else blocks
-
-    def shown(self, query: torch.Tensor, key: torch.Tensor) -> PlannedAttention:
-        """The attention to it, by the blocks that `attend_stored` takes: every store gives the bits of the device."""
-        blocks = self.blocks(query.shape[2], key.shape[2])
-        return PlannedAttention(get_kernel(self.backend, query), blocks, self.start, self.scale)
+    def shown(self, query: torch.Tensor, length: int, backward: bool = False) -> PlannedAttention:
+        """The attention to the schedule's part of N = `length` keys, by the same blocks whatever holds the keys: every
+        store gives the bits of the device. Sinks are read apart where their distance is clamped."""
+        kernel, stop = get_kernel(self.backend, query), self.start + query.shape[2]
+        blocks = plan_of(kernel, self.schedule, self.heads, self.start, stop, length, backward=backward)
+        if self.clamps(query.shape[2]):
+            blocks = tuple(x for x in blocks if x.pattern != SINKS)
+        return PlannedAttention(kernel, blocks, self.start, self.scale)
 
     def clamps(self, query_length: int) -> bool:
         """Whether any of the queries lies beyond the clamped distance."""
@@ -151,13 +158,18 @@ def _slots(reads: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor
 
 def _attend_sinks(call, query, key, value, out, lse) -> None:
     """Merges the sink tokens, of which those of queries beyond the clamped distance are read at that distance."""
-    scores, _, value = _sink_scores(call, query, key, value)
-    merge_attentions((out, lambda joint: (scores - joint[..., None]).exp_() @ value), (lse, scores.logsumexp(-1)))
+    for begin in range(0, query.shape[2], SINK_TILE):
+        q, o, s = (x[:, :, begin : begin + SINK_TILE] for x in (query, out, lse))
+        scores, _, values = _sink_scores(replace(call, start=call.start + begin), q, key, value)
+        merge_attentions((o, lambda joint: (scores - joint[..., None]).exp_() @ values), (s, scores.logsumexp(-1)))
 
 
 def _sink_query(call: MemoryCall, query: torch.Tensor) -> torch.Tensor:
-    far = call.positions(query.shape[2], query.device) > call.schedule.memory.max_distance
-    return torch.where(far[:, None], call.far_query(query), query)
+    near = call.schedule.memory.max_distance + 1 - call.start  # queries that are not beyond it
+    if near <= 0:
+        return call.far_query(query)
+    far = replace(call, start=call.start + near).far_query(query[:, :, near:])
+    return torch.cat([query[:, :, :near].to(far.dtype), far], dim=2)
 
 
 def _sink_scores(call, query, key, value) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -196,7 +208,7 @@ class _WithMemory:
 
     def forward(self, query, key, value, out, lse, chosen):
         call = self.call
-        call.shown(query, key).forward(query, key, value, out, lse)
+        call.shown(query, key.shape[2]).forward(query, key, value, out, lse)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _attend_sinks(call, query, key, value, out, lse)
         for _, _, at, part in _stretches(call, chosen, query, (key, value)):
@@ -205,7 +217,7 @@ class _WithMemory:
 
     def backward(self, grad, query, key, value, out, lse, grads, chosen):
         call = self.call
-        call.shown(query, key).backward(grad, query, key, value, out, lse, grads)
+        call.shown(query, key.shape[2], backward=True).backward(grad, query, key, value, out, lse, grads)
         if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
             _sink_gradients(call, grad, query, key, value, out, lse, grads)
         size = call.schedule.memory.block_size
@@ -243,10 +255,9 @@ def attend_stored(
 ) -> torch.Tensor:
     """Attention [B, H, Q, D] of rows of a store, whose keys are fetched as they are asked for. No gradient."""
     (out, lse), end = empty_accumulator(query), call.start + query.shape[2]
-    blocks = call.blocks(query.shape[2], end)
-    keys = StoredKeys(store, row, blocks, call.start - call.schedule.window, end, call.most_reads(query.shape[2]))
-    shown = PlannedAttention(get_kernel(call.backend, query), blocks, call.start, call.scale, keys.locate)
-    shown.forward(query, keys.key, keys.value, out, lse)
+    shown, reads = call.shown(query, end), call.most_reads(query.shape[2])
+    keys = StoredKeys(store, row, shown.blocks, call.start - call.schedule.window, end, reads)
+    replace(shown, locate=keys.locate).forward(query, keys.key, keys.value, out, lse)
     if call.clamps(query.shape[2]) and call.schedule.num_sink_tokens:
         _attend_sinks(call, query, *store.span(row, 0, min(call.schedule.num_sink_tokens, end)), out, lse)
     for _, _, at, part in _stretches(call, chosen, query, keys):

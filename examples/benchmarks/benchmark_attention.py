@@ -102,7 +102,7 @@ class KernelCalls:
 def kernels_of(run: Callable[[], None], in_triangles: bool = False) -> list[Callable[[], object]]:
     """The kernel calls that a call of the operator makes, alone; `in_triangles`: those of its plan without bands."""
     module, kernels = importlib.import_module("modeling_longnet.dilated_attention"), KernelCalls()
-    plan = (lambda kernel: plan_blocks) if in_triangles else module.plan_of
+    plan = (lambda kernel, *arguments, backward=False: plan_blocks(*arguments)) if in_triangles else module.plan_of
     with mock.patch.object(attention_kernels, "aten", kernels), mock.patch.object(module, "plan_of", plan):
         run()
     return kernels.calls
