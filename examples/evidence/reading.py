@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict | None] = {
     "default patch, clamped sinks": DEFAULT_PATCH | {"memory": {"heads": {}}},
     "with memory": {"segment_lengths": [512], "dilation_rates": [1], "memory": {}},
     "wide window": WIDE_WINDOW | {"memory": {"heads": {}}},
+    "wide window with memory": WIDE_WINDOW | {"memory": {}},
     "memory in 18 heads": WIDE_WINDOW | {"memory": {"heads": SMOLLM2_HEADS}},
 }  # fmt: skip
 
