@@ -91,12 +91,11 @@ class CpuFlash:
 
     @staticmethod
     def backward_band(grad, query, key, value, out, lse, scale):
-        together = [x.flatten(2, 3) for x in (grad, query, out)]
-        grad_rows, query_rows, out_rows, key_rows, value_rows = (in_rows(x) for x in (*together, key, value))
+        mask, together = _band_mask(query, key), [x.flatten(2, 3) for x in (grad, query, out, lse)]
+        rows = (in_rows(x) for x in (*together[:2], key, value, together[2]))
         grad_query, *grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_rows, query_rows, key_rows, value_rows, out_rows, lse.flatten(2, 3), 0.0, False,
-            attn_mask=_band_mask(query, key), scale=scale,
-        )  # fmt: skip
+            *rows, together[3], 0.0, False, attn_mask=mask, scale=scale
+        )
         return grad_query.unflatten(2, query.shape[2:4]), *grads
 
 
@@ -106,9 +105,8 @@ def _in_whole_widths(run: Callable) -> Callable:
     @functools.wraps(run)
     def padded(*args):
         width = args[0].shape[-1]
-        if width % 8 == 0:
-            return run(*(in_rows(x) if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in args))
-        args = (pad(x, (0, -width % 8)) if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in args)
+        fit = in_rows if width % 8 == 0 else lambda x: pad(x, (0, -width % 8))
+        args = (fit(x) if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in args)
         return tuple(x[..., :width] if x.dim() == 4 else x for x in run(*args))
 
     return padded

@@ -96,9 +96,8 @@ def _attend_rows(query, key, value, slots, layout, origin, scale, backend):
     if origin == 0:
         return scheduled_attention(query, key, value, layout.schedule, **settings)
     start = origin + key.shape[2] - query.shape[2]
-    shift, ring = _same_phase(layout.schedule, origin), layout.ring(origin)
-
-    buffer = [torch.cat([x, *(x[:, :, own] for own in ring), new], dim=2) for x, new in zip(slots, (key, value))]
+    shift, held = _same_phase(layout.schedule, origin), layout.held(origin)
+    buffer = [torch.cat([*(x[:, :, own] for own in held), new], dim=2) for x, new in zip(slots, (key, value))]
     column = buffer[0].shape[2] - key.shape[2]
 
     def locate(block):

@@ -209,27 +209,29 @@ class SlotLayout:
         offset_class = self._class(block.pattern, block.heads.start, slots.classes)
         return slots.base + offset_class * slots.rows + positions % slots.w // slots.r
 
-    def ring(self, origin: int) -> list[slice]:
-        """The slots of the window that queries from position `origin` on have before it, in the order of its
-        positions."""
+    def held(self, origin: int) -> list[slice]:
+        """The slots that queries from position `origin` on may see: sinks, the patterns', then those of the window
+        before `origin`, in the order of its positions."""
         window, length, first = self.schedule.window, self.schedule.dense_start, self.schedule.num_sink_tokens
+        slots = [slice(0, first), slice(first + self.window_slots, self.size)]
         if not window:
-            return []
+            return slots
         begin, end = (0 if origin < length else origin - window + 1) % length, origin % length
         if begin <= end:
-            return [slice(first + begin, first + end)]
-        return [slice(first + begin, first + length), slice(first, first + end)]
+            return [*slots, slice(first + begin, first + end)]
+        return [*slots, slice(first + begin, first + length), slice(first, first + end)]
 
     def locate(self, block: Block, origin: int, column: int, device: torch.device) -> Rows | torch.Tensor:
-        """Where a block's keys lie in a buffer whose first rows are the slots (for positions before `origin`), and
-        which has position `origin` in row `column` and the later ones behind it; the slots of `ring` before it."""
+        """Where a block's keys lie in a buffer of the slots of `held`, for positions before `origin`, and behind them,
+        from row `column` on, of position `origin` and the later ones."""
         keys = block.region.keys
         if keys.start >= origin or block.pattern == 0 and self.schedule.window:
             return keys.shift(column - origin)
+        moved = 0 if block.pattern == SINKS else -self.window_slots
         if block.repeats == 1 and keys.start + keys.step * (keys.count - 1) < origin:
-            return self._rows(block)[0]
+            return self._rows(block)[0].shift(moved)
         positions = block_positions(keys, block, device)
-        return torch.where(positions < origin, self._slot(block, positions), positions - origin + column)
+        return torch.where(positions < origin, self._slot(block, positions) + moved, positions - origin + column)
 
     def token_pieces(self, position: int) -> tuple[Piece, ...]:
         """What the query at `position` sees, as rows of the slots, its own row written."""
